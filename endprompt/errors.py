@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -58,6 +59,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     """
     try:
         code = main()
+    except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except (UserError, OSError) as problem:
         if isinstance(problem, OSError) and problem.errno is None:
             raise  # not the operating system's refusal but a library's own failure: a traceback is what helps

@@ -74,7 +74,7 @@ class RecallPrompt(Section):
     """
 
     name: str = Field("recall", min_length=1)
-    cue: str = Field("\n\nFrom the text above: ", min_length=1)
+    cue: str = Field("\n\nFrom the text above:", min_length=1)
     span_length: PositiveInt = 32
     spans: PositiveInt = 1
     weight: PositiveFloat = 1.0
