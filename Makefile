@@ -1,0 +1,45 @@
+# Each target sets itself up. PYTHON=python3.12 chooses the interpreter, ARGS="..." goes to the command that a target
+# runs, TORCH_INDEX=... chooses another build of torch (endprompt/install.py), SETUP=no uses PYTHON as it is, for
+# containers that have everything installed.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+SETUP ?= yes
+export TORCH_INDEX
+
+ifeq ($(SETUP),no)
+PY := $(PYTHON)
+SHELLCHECK := shellcheck
+READY :=
+else
+PY := .venv/bin/python
+SHELLCHECK := .venv/bin/shellcheck
+READY := .venv/.ready
+endif
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r target text; do \
+		printf '%-14s %s\n' "$$target" "$$text"; done
+
+.venv/.ready: requirements.txt requirements/base.txt requirements/dev.txt requirements/constraints.txt endprompt/install.py
+	@$(PYTHON) tools/set_up.py
+	@touch $@
+
+setup: $(READY) ## make .venv with everything that CPU and GPU runs need
+	@echo "ready: $(PY)"
+
+demo: $(READY) ## extend a real checkpoint from 8K to 64K and show before and after
+	@$(PY) tools/demo.py $(ARGS)
+
+test: $(READY) ## run the tests
+	@$(PY) -m pytest $(ARGS)
+
+bench: $(READY) ## measure speed and memory against the ordinary ways
+	@$(PY) benchmarks/run.py $(ARGS)
+
+lint: $(READY) ## check Python with ruff and shell scripts with shellcheck
+	@$(PY) -m ruff check --quiet .
+	@$(SHELLCHECK) --severity=warning .ci/run $(wildcard slurm/*.sh slurm/*.sbatch slurm/*/*.sh slurm/*/*.sbatch)
