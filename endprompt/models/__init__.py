@@ -1,0 +1,1 @@
+"""Facts of the supported checkpoints and their Hugging Face configuration files."""
