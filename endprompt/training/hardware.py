@@ -1,0 +1,25 @@
+"""What the machine can do and how much memory a process has used."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+
+PEAK_BF16_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
+"""Dense bf16 FLOP/s of one GPU (vendor data sheets, without sparsity), by a part of its name; the first match counts."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of the device in FLOP/s, or None where no data sheet figure applies (CPU, unknown GPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_BF16_FLOPS.items() if part in name), None)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory used so far, in 10^9 bytes: allocated by torch on a GPU, resident set of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,100 @@
+"""The folder of one run and the facts in it that outlive a process.
+
+recipe.yaml      the recipe as resolved (overrides and environment applied)
+log.jsonl        one line per logged step; a resumed run first drops lines beyond its checkpoint
+status.json      state, step, restarts, exit code: what a launcher reads
+checkpoints/     step_00000200/ ..., and `latest`, which names the newest complete one
+export/          the finished Hugging Face checkpoint
+STOP             created by the user: save, stop, and stay stopped
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+
+import yaml
+
+from endprompt.atomic import atomic_file, write_json
+from endprompt.errors import UserError
+from endprompt.recipe import Recipe
+
+
+class RunFolder:
+    """Paths and small files of a run. Only rank 0 writes; every rank reads."""
+
+    def __init__(self, recipe: Recipe):
+        self.path = Path(recipe.output.directory)
+        self.checkpoints = self.path / "checkpoints"
+        self.export = self.path / "export"
+        self.log = self.path / "log.jsonl"
+        self.stop_file = self.path / "STOP"
+        self._status = self.path / "status.json"
+        self._lock = None
+
+    def check_writable(self) -> None:
+        """Raise UserError or OSError unless files can be made here. Makes the folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.path / ".writable") as file:
+            file.write("")
+        (self.path / ".writable").unlink()
+
+    def claim(self) -> None:
+        """Refuse a second run in the same folder; the claim ends with this process, however it ends."""
+        self._lock = open(self.path / ".lock", "a")  # noqa: SIM115  (held open as long as the process lives)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(self.path, "another run is using this folder", "wait for it or set output.directory") from None
+            print(f"note: {self.path} is on a file system without locks; nothing keeps a second run out", flush=True)
+
+    def check_not_stopped(self) -> None:
+        if self.stop_file.exists():
+            raise UserError(self.stop_file, "this run was told to stop and stays stopped", "remove the file to go on")
+
+    def read_status(self) -> dict:
+        """The last status, {} for a new run."""
+        try:
+            return json.loads(self._status.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            raise UserError(self._status, "is not valid JSON", "remove it; the checkpoints decide where the run goes on") from None
+
+    def write_status(self, **facts) -> None:
+        """Merge `facts` into status.json."""
+        write_json(self._status, {**self.read_status(), **facts, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        with atomic_file(self.path / "recipe.yaml") as file:
+            yaml.safe_dump(recipe.model_dump(mode="json"), file, sort_keys=False)
+
+    def forget_steps_after(self, step: int) -> None:
+        """Drop log lines of steps that no checkpoint holds, so that the log of a resumed run repeats none."""
+        if not self.log.exists():
+            return
+        kept = []
+        for line in self.log.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line torn by a kill is one of those to drop
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+        with atomic_file(self.log) as file:
+            file.writelines(line + "\n" for line in kept)
+
+    def append_log(self, entry: dict) -> None:
+        with open(self.log, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def wandb_id(self) -> str:
+        """One wandb run across restarts: made once, kept in the folder."""
+        path = self.path / "wandb_id"
+        if not path.exists():
+            with atomic_file(path) as file:
+                file.write(os.urandom(8).hex())
+        return path.read_text().strip()

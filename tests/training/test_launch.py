@@ -1,0 +1,61 @@
+"""The local launcher hands over ranks' exit codes, signals and environment."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+LAUNCH = "import sys; from endprompt.training.launch import launch; sys.exit(launch(2, [sys.executable, '-c', sys.argv[1]]))"
+
+
+def run(body: str, **options):
+    return subprocess.run([sys.executable, "-c", LAUNCH, body], capture_output=True, text=True, timeout=60, **options)
+
+
+def test_every_rank_gets_its_place():
+    body = (
+        "import os; print(*(os.environ[k] for k in ('RANK','LOCAL_RANK','WORLD_SIZE','MASTER_ADDR')), os.environ['MASTER_PORT'].isdigit())"
+    )
+    assert sorted(run(body).stdout.split("\n")[:2]) == ["0 0 2 127.0.0.1 True", "1 1 2 127.0.0.1 True"]
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("", 0),
+        ("import sys; sys.exit(2)", 2),
+        ("import sys; sys.exit(75)", 75),
+        ("import os, sys; sys.exit(2 if os.environ['RANK'] == '1' else 0)", 2),
+        ("import os, sys; sys.exit(1 if os.environ['RANK'] == '1' else 75)", 1),
+        ("import os; os.environ['RANK'] == '1' and os.kill(os.getpid(), 9)", 137),
+    ],
+)
+def test_exit_code_of_the_ranks_comes_through(body, code):
+    assert run(body).returncode == code
+
+
+def test_a_dead_rank_takes_the_others_down(monkeypatch):
+    quick = LAUNCH.replace("sys.exit(launch", "import endprompt.training.launch as m; m.GRACE_SECONDS = 0.5; sys.exit(launch")
+    body = "import os, time, sys; sys.exit(3) if os.environ['RANK'] == '0' else time.sleep(60)"
+    started = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", quick, body], timeout=60).returncode == 3
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signals_reach_every_rank(number, tmp_path):
+    body = (
+        "import signal, sys, time, os, pathlib\n"
+        f"signal.signal({int(number)}, lambda *_: sys.exit(75))\n"
+        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).touch()\n"
+        "time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", LAUNCH, body])
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    assert process.wait(timeout=30) == 75
