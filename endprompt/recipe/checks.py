@@ -19,20 +19,16 @@ def check_lengths(recipe: Recipe) -> None:
     if positions.scheme == "full" and physical != target:
         raise ValueError(f"positions.physical_length: scheme full trains at target_length {target}, found {physical}; set it to {target}")
     if positions.displaced_length is not None and positions.displaced_length >= physical:
-        raise ValueError(
-            f"positions.displaced_length: {positions.displaced_length} leaves no body in physical_length {physical}; lower it"
-        )
+        raise ValueError(f"positions.displaced_length: {positions.displaced_length} leaves no body in physical_length {physical}; lower it")
     covered = original * recipe.rope_factor * recipe.rope.interpolation
     if recipe.rope.type == "llama3" and recipe.rope.original_length:
         covered = max(original, recipe.rope.original_length * recipe.rope_factor) * recipe.rope.interpolation
     if recipe.rope.type in ("linear", "llama3") and covered < target:
-        raise ValueError(
-            f"rope.factor: {recipe.rope_factor:g} covers {covered:g} positions, target_length is {target}; raise it or leave it out"
-        )
+        knob, now = ("interpolation", recipe.rope.interpolation) if recipe.rope.type == "llama3" else ("factor", recipe.rope_factor)
+        fix = f"set it to {now * target / covered:g}"
+        raise ValueError(f"rope.{knob}: {now:g} covers {covered:g} positions, target_length is {target}; {fix}")
     if recipe.training.tokens is not None and recipe.steps < 1:
-        raise ValueError(
-            f"training.tokens: {recipe.training.tokens} is less than one step of {recipe.tokens_per_step} tokens; raise it"
-        )
+        raise ValueError(f"training.tokens: {recipe.training.tokens} is less than one step of {recipe.tokens_per_step} tokens; raise it")
     if recipe.training.warmup_steps > recipe.steps:
         raise ValueError(f"training.warmup_steps: {recipe.training.warmup_steps} is above the {recipe.steps} steps of the run; lower it")
     if recipe.training.min_learning_rate > recipe.training.learning_rate:

@@ -75,7 +75,7 @@ class RecallPrompt(Section):
 
     name: str = Field("recall", min_length=1)
     cue: str = Field("\n\nFrom the text above:", min_length=1)
-    span_length: PositiveInt = 32
+    span_length: PositiveInt
     spans: PositiveInt = 1
     weight: PositiveFloat = 1.0
 
@@ -142,6 +142,8 @@ def resolve_prompts(prompts: list) -> list:
                 raise ValueError(f"unknown prompt {prompt!r}; use {known}, a mapping with name and text, or one with span_length")
             prompt = TextPrompt(name=prompt, text=BUILT_IN_PROMPTS[prompt])
         elif isinstance(prompt, dict):
+            if not prompt.keys() & {"text", "span_length"}:
+                raise ValueError(f"{prompt} is neither a text nor a recall prompt; give it text, or span_length")
             prompt = (TextPrompt if "text" in prompt else RecallPrompt)(**prompt)
         resolved.append(prompt)
     return resolved
