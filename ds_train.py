@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Extend a Hugging Face LLaMA checkpoint's context with DeepSpeed ZeRO-3.
+
+    python ds_train.py --recipe recipes/llama3_8b_64k.yaml                 # one process per GPU of this machine
+    python ds_train.py --recipe recipes/demo.yaml --nproc-per-node 2       # two CPU ranks over gloo
+    torchrun --nnodes 8 --nproc-per-node 8 ... ds_train.py --recipe ...    # several nodes (slurm/ does this)
+    python ds_train.py --recipe ... --dry-run --world-size 64              # check everything, train nothing
+
+Running the same command again goes on from the newest checkpoint. Exit codes: 0 finished, 2 bad input (one line says
+what), 75 saved and stopped on request (SIGUSR1, SIGTERM or a file STOP in the run folder): run it again; else a crash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from endprompt.errors import EXIT_INTERRUPTED, UserError, run_command
+from endprompt.recipe import Recipe, add_recipe_arguments, load_recipe
+from endprompt.training.launch import become_single_process, launch, under_launcher
+from endprompt.training.run_folder import RunFolder
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.dry_run:
+        return dry_run(recipe, arguments.world_size or processes_wanted(arguments))
+    if not under_launcher():
+        if (processes := processes_wanted(arguments)) > 1:
+            return launch(processes)
+        become_single_process()
+    return train(recipe)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add_recipe_arguments(parser)
+    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="processes to start here (default: one per GPU, or one)")
+    parser.add_argument("--dry-run", action="store_true", help="check recipe, checkpoint headers, tokenizer, data and disk; train nothing")
+    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: number of ranks to plan for")
+    arguments = parser.parse_args()
+    for name in ("nproc_per_node", "world_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}", f"is {value}", "give at least 1")
+    return arguments
+
+
+def processes_wanted(arguments: argparse.Namespace) -> int:
+    import torch
+
+    return arguments.nproc_per_node or max(1, torch.cuda.device_count())
+
+
+def dry_run(recipe: Recipe, world_size: int) -> int:
+    from endprompt.zero3.prepare import check_run_folder, describe, prepare
+
+    folder = RunFolder(recipe)
+    prepared = prepare(recipe, world_size)
+    check_run_folder(recipe, prepared, folder)
+    print(describe(recipe, prepared, folder, world_size))
+    print("dry run: everything checked, nothing trained")
+    return 0
+
+
+def train(recipe: Recipe) -> int:
+    from endprompt.training.monitor import Monitor
+    from endprompt.training.stopping import StopRequests
+    from endprompt.zero3 import checkpoints
+    from endprompt.zero3.backend import init_distributed
+    from endprompt.zero3.engine import build_engine
+    from endprompt.zero3.export import export
+    from endprompt.zero3.load import load_model
+    from endprompt.zero3.loop import Loop
+    from endprompt.zero3.prepare import check_run_folder, prepare
+    from endprompt.zero3.probe import probe
+
+    world = init_distributed()
+    folder = RunFolder(recipe)
+    prepared = world.together(lambda: prepare(recipe, world.size))
+    world.on_rank_0(lambda: (check_run_folder(recipe, prepared, folder), folder.claim()))
+    stop = StopRequests(folder.stop_file)
+
+    saved = checkpoints.latest(folder)
+    if saved and saved.step == recipe.steps and (folder.export / "config.json").exists():
+        world.print(f"finished already: {folder.export}")
+        return 0
+    start_step = saved.step if saved else 0
+    reshape = saved is not None and saved.world_size != world.size
+    source = checkpoints.make_universal(saved, world) if reshape else saved and saved.path
+
+    model = load_model(recipe, prepared.config, prepared.rope, world)
+    engine = build_engine(recipe, model, world.size, load_universal=reshape)
+    probe(engine, prepared.train_data[0], recipe, prepared.architecture.vocab_size, world)
+    if source:
+        checkpoints.load(engine, source, start_step, prepared.micro_steps)
+
+    monitor = None
+    if world.rank == 0:
+        folder.forget_steps_after(start_step)
+        folder.write_recipe(recipe)
+        restarts = folder.read_status().get("starts", 0)
+        folder.write_status(state="running", step=start_step, steps=recipe.steps, starts=restarts + 1, exit_code=None, pid=os.getpid())
+        monitor = Monitor(recipe, folder, prepared.architecture, world.device, world.size, start_step)
+    parameters = prepared.architecture.parameters
+    loop = Loop(
+        recipe, world, engine, prepared.train_data, prepared.validation_data,
+        save=lambda step: checkpoints.save(engine, folder, recipe, step, parameters, prepared.data_fingerprint, world),
+        stop_reason=lambda: stop.reason,
+        monitor=monitor,
+    )  # fmt: skip
+    stopped_by = loop.run(start_step)
+    if stopped_by is None:
+        export(engine, recipe, prepared.config, prepared.rope, folder.export, world, recipe.steps)
+    if monitor:
+        state = "finished" if stopped_by is None else "stopped" if stopped_by == "STOP file" else "interrupted"
+        folder.write_status(state=state, exit_code=0 if stopped_by is None else EXIT_INTERRUPTED)
+        monitor.close()
+    world.print(f"exported {folder.export}" if stopped_by is None else f"saved and stopped ({stopped_by}); run the same command to go on")
+    return 0 if stopped_by is None else EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,204 @@
+"""Checkpoints of a ZeRO-3 run: complete or invisible, the newest k kept, resumable at any number of ranks.
+
+DeepSpeed writes its own `latest` before all ranks are done, so a kill can leave it naming a torn checkpoint. Here ranks
+write into `step_N.incomplete`; when all are done rank 0 renames it to `step_N` and only then moves the pointer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from endprompt.atomic import atomic_file, write_json
+from endprompt.errors import UserError
+from endprompt.recipe import Recipe
+from endprompt.training.run_folder import RunFolder
+from endprompt.training.world import World
+
+
+def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
+    """Size of a checkpoint: fp32 master weight and two Adam moments (12 B), and the module's own copy (2 or 4 B)."""
+    return parameters * (14 if recipe.training.precision == "bf16" else 16)
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """state.json of a checkpoint: what a resume must know before any tensor is read."""
+
+    path: Path
+    step: int
+    world_size: int
+    fingerprint: str
+    recipe: dict
+    data: str
+
+
+def latest(folder: RunFolder) -> SavedState | None:
+    """The checkpoint that the pointer names, None for a new run. Raises UserError where it is damaged."""
+    pointer = folder.checkpoints / "latest"
+    if not pointer.exists():
+        return None
+    path = folder.checkpoints / pointer.read_text().strip()
+    try:
+        facts = json.loads((path / "state.json").read_text())
+        return SavedState(path=path, **facts)
+    except (OSError, ValueError, TypeError):
+        names = [whole.name for whole in whole_checkpoints(folder) if (whole / "state.json").exists()]
+        fix = f"write one of {', '.join(names)} into it" if names else "remove the checkpoints folder to start again"
+        raise UserError(pointer, f"names {path.name}, which is missing or damaged", fix) from None
+
+
+def check_resumable(saved: SavedState, recipe: Recipe, data: str, folder: RunFolder) -> None:
+    """Refuse to go on with another recipe or other data than the checkpoint was made with: the run would be neither."""
+    if saved.fingerprint != recipe.fingerprint():
+        different = ", ".join(_differences(saved.recipe, recipe.model_dump(mode="json"))) or "the version of the recipe schema"
+        raise UserError(
+            saved.path,
+            f"was made with another recipe (different: {different})",
+            "restore those fields or set output.directory to a new folder",
+        )
+    if saved.data != data:
+        raise UserError(
+            saved.path, "was made with other data under the same paths", "restore the data or set output.directory to a new folder"
+        )
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    ignored = {"name", "wandb", "output", "deepspeed", "model.path", "training.micro_batch_size", "training.activation_checkpointing"}
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        field, before, after = prefix + key, old.get(key), new.get(key)
+        if field in ignored or before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, field + ".")
+        else:
+            found.append(f"{field} {before!r} -> {after!r}" if not isinstance(before, (dict, list)) else field)
+    return found
+
+
+def check_disk(folder: RunFolder, recipe: Recipe, parameters: int, *, copies: int = 1) -> None:
+    """Raise UserError unless `copies` more checkpoints fit on the disk."""
+    needed = copies * checkpoint_bytes(recipe, parameters)
+    free = shutil.disk_usage(folder.path).free
+    if free < needed:
+        raise UserError(
+            folder.checkpoints,
+            f"needs {needed / 1e9:.1f} GB for {copies} more checkpoint(s), the disk has {free / 1e9:.1f} GB free",
+            "free disk space, lower output.keep_last or set output.directory to another disk",
+        )
+
+
+def missing_copies(folder: RunFolder, recipe: Recipe) -> int:
+    """Checkpoints that will be there at most (keep_last, and one being written) less those that are there."""
+    return max(1, recipe.output.keep_last + 1 - len(whole_checkpoints(folder)))
+
+
+def whole_checkpoints(folder: RunFolder) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.checkpoints.glob("step_*") if path.suffix == "")
+
+
+def save(engine, folder: RunFolder, recipe: Recipe, step: int, parameters: int, data: str, world: World) -> None:
+    """Save a checkpoint of optimizer step `step` and move the pointer to it. Collective.
+
+    A kill at any moment leaves the pointer on a complete checkpoint: the earlier one or this one.
+    """
+    name = f"step_{step:08d}"
+    incomplete = folder.checkpoints / f"{name}.incomplete"
+    world.on_rank_0(lambda: _make_room(folder, recipe, incomplete, parameters))
+    engine.save_checkpoint(str(folder.checkpoints), tag=incomplete.name, client_state={"step": step}, save_latest=False)
+    if world.rank == 0:
+        facts = {
+            "step": step,
+            "world_size": world.size,
+            "fingerprint": recipe.fingerprint(),
+            "recipe": recipe.model_dump(mode="json"),
+            "data": data,
+        }
+        write_json(incomplete / "state.json", facts)
+    _sync_files(incomplete, world.rank)
+    dist.barrier()  # every rank's files are on the disk
+    world.on_rank_0(lambda: _complete(folder, incomplete, name, recipe.output.keep_last))
+
+
+def _make_room(folder: RunFolder, recipe: Recipe, incomplete: Path, parameters: int) -> None:
+    check_disk(folder, recipe, parameters)
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(incomplete, ignore_errors=True)
+
+
+def _complete(folder: RunFolder, incomplete: Path, name: str, keep_last: int) -> None:
+    complete = folder.checkpoints / name
+    shutil.rmtree(complete, ignore_errors=True)  # left by a kill between the next two lines
+    os.rename(incomplete, complete)
+    with atomic_file(folder.checkpoints / "latest") as file:
+        file.write(name + "\n")
+    _remove_old(folder, keep_last)
+
+
+def _sync_files(folder: Path, rank: int) -> None:
+    """Flush the files of this rank: after a power cut a renamed folder must not hold empty files."""
+    for path in folder.iterdir():
+        if path.is_file() and (f"rank_{rank}_" in path.name or rank == 0):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _remove_old(folder: RunFolder, keep_last: int) -> None:
+    torn = list(folder.checkpoints.glob("step_*.incomplete"))
+    universal = list(folder.checkpoints.glob("step_*.universal*"))
+    for path in whole_checkpoints(folder)[:-keep_last] + torn + universal:
+        shutil.rmtree(path)
+
+
+def make_universal(saved: SavedState, world: World) -> Path:
+    """Convert a checkpoint to DeepSpeed's universal format, which loads at any number of ranks. Collective.
+
+    The result lies beside the checkpoint and goes away with the next save.
+    """
+    universal = saved.path.with_name(saved.path.name + ".universal")
+    world.on_rank_0(lambda: _convert(saved, universal))
+    return universal
+
+
+def _convert(saved: SavedState, universal: Path) -> None:
+    if universal.exists():
+        return
+    partial = universal.with_name(universal.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--input_folder",
+        str(saved.path),
+        "--output_folder",
+        str(partial),
+    ]
+    alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    finished = subprocess.run(command, env=alone, capture_output=True, text=True)
+    if finished.returncode:
+        reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(saved.path, f"cannot be converted for another number of ranks ({reason})", f"resume with {saved.world_size} ranks")
+    os.rename(partial, universal)
+
+
+def load(engine, path: Path, step: int, micro_steps_per_step: int) -> None:
+    """Load weights and optimizer state from `path` (a checkpoint or its universal form). Collective."""
+    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None:
+        raise UserError(path, "DeepSpeed could not load this checkpoint", "write the name of an earlier one into checkpoints/latest")
+    # DeepSpeed counts micro-steps to find the accumulation boundary; with another number of ranks their count per step differs.
+    engine.micro_steps = step * micro_steps_per_step
+    engine.global_steps = step

@@ -1,0 +1,81 @@
+"""A complete tiny run in a folder: checkpoint, corpora, recipe; and ds_train.py started on it as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from endprompt.data.indexed import write_indexed
+from endprompt.recipe import Recipe, load_recipe
+from tests.support.recipes import TINY
+from tests.support.tiny import make_tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Workspace:
+    """path: its folder. Recipe fields are changed with dotted overrides, as `--set` does."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.model = path / "model"
+        make_tiny_checkpoint(self.model, max_position_embeddings=128)
+        vocabulary = json.loads((self.model / "config.json").read_text())["vocab_size"]
+        random = np.random.default_rng(7)
+        for name, documents in (("train", 40), ("validation", 8)):
+            lengths = random.integers(100, 400, size=documents)
+            write_indexed(path / f"corpus_{name}", [random.integers(5, vocabulary, size=n) for n in lengths], dtype=np.uint16)
+        raw = yaml.safe_load(TINY.read_text())
+        raw["model"]["path"] = str(self.model)
+        raw["data"]["train"][0]["path"] = str(path / "corpus_train")
+        raw["data"]["validation"][0]["path"] = str(path / "corpus_validation")
+        raw["output"]["directory"] = str(path / "run")
+        self.recipe_file = path / "recipe.yaml"
+        self.recipe_file.write_text(yaml.safe_dump(raw))
+
+    def recipe(self, **overrides) -> Recipe:
+        return load_recipe(self.recipe_file, [f"{field}={value}" for field, value in overrides.items()])
+
+    def command(self, *arguments: str, ranks: int = 2, **overrides) -> list[str]:
+        sets = [word for field, value in overrides.items() for word in ("--set", f"{field}={value}")]
+        return [
+            sys.executable,
+            str(ROOT / "ds_train.py"),
+            "--recipe",
+            str(self.recipe_file),
+            "--nproc-per-node",
+            str(ranks),
+            *sets,
+            *arguments,
+        ]
+
+    def start(self, *arguments: str, ranks: int = 2, **overrides) -> subprocess.Popen:
+        """ds_train.py in a process group of its own, so that a test can kill launcher and ranks at one stroke."""
+        return subprocess.Popen(
+            self.command(*arguments, ranks=ranks, **overrides), cwd=ROOT, env=quiet_environment(), start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def train(self, *arguments: str, ranks: int = 2, expect: int = 0, **overrides) -> subprocess.CompletedProcess:
+        command = self.command(*arguments, ranks=ranks, **overrides)
+        finished = subprocess.run(command, cwd=ROOT, env=quiet_environment(), capture_output=True, text=True, timeout=300)
+        assert finished.returncode == expect, f"exit {finished.returncode}, expected {expect}\n{finished.stdout}\n{finished.stderr}"
+        return finished
+
+
+def quiet_environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+
+
+def read_log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [entry["loss"] for entry in read_log(run) if "loss" in entry]
