@@ -3,7 +3,7 @@
 # containers that have everything installed.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint
+.PHONY: help setup demo test bench lint arms
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
@@ -39,6 +39,12 @@ test: $(READY) ## run the tests
 
 bench: $(READY) ## measure speed and memory against the ordinary ways
 	@$(PY) benchmarks/run.py $(ARGS)
+
+arms: $(READY) ## compare position schemes and RoPE scalings at full size (needs a GPU; hours on a CPU)
+	@$(PY) tools/fetch_assets.py
+	@$(PY) tools/prepare_data.py --tokenizer assets/SmolLM2-135M-Instruct --output data/smollm2 --validation-documents 8 \
+		--input $$(ls assets/text/*.txt | grep -v moby-dick)
+	@$(PY) tools/compare_arms.py --recipe recipes/smollm2_135m_64k.yaml --output runs/arms --text assets/text/moby-dick.txt $(ARGS)
 
 lint: $(READY) ## check Python with ruff and shell scripts with shellcheck
 	@$(PY) -m ruff check --quiet .

@@ -1,12 +1,12 @@
 """The chunked weighted loss against torch's cross-entropy on whole logits, and its memory against Hugging Face's loss."""
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.bench_loss import measure
 from endprompt.loss import global_weight_scale, shift_for_next_token, weighted_next_token_loss
 
 
@@ -93,32 +93,12 @@ def test_scale_makes_engine_averages_the_global_weighted_mean():
     torch.testing.assert_close(averaged, (losses * weights).sum() / weights.sum())
 
 
-MEMORY_PROBE = """
-import resource, sys, torch
-import torch.nn.functional as F
-from endprompt.loss import weighted_next_token_loss
-torch.set_num_threads(2)
-n, V, h = 8192, 128256, 64
-hidden = torch.randn(n, h, dtype=torch.bfloat16, requires_grad=True)
-weight = (torch.randn(V, h) * 0.1).bfloat16().requires_grad_()
-labels = torch.randint(0, V, (n,))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-if sys.argv[1] == "ours":
-    weighted_next_token_loss(hidden, weight, labels, torch.ones(n)).backward()
-else:  # transformers' ForCausalLMLoss: bf16 logits, upcast, cross-entropy
-    F.cross_entropy((hidden @ weight.t()).float(), labels).backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
-
-
 def test_peak_memory_is_at_most_a_quarter_of_the_ordinary_loss():
     """At Llama-3's vocabulary and 8192 tokens, each in a process of its own (peak resident set, MB)."""
-    available = next(int(line.split()[1]) / 1e6 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) / 1e6 for line in lines if line.startswith("MemAvailable"))
     if available < 16:
         pytest.skip(f"the ordinary loss alone needs 13 GB of memory, {available:.0f} GB are free")
-    peak = {}
-    for which in ("ours", "ordinary"):
-        run = subprocess.run([sys.executable, "-c", MEMORY_PROBE, which], capture_output=True, text=True, check=True)
-        peak[which] = float(run.stdout)
+    peak = {side: measure(side)["peak_mb"] for side in ("ours", "ordinary")}
     assert peak["ordinary"] > 8000, f"the yardstick itself is off: {peak}"
     assert peak["ours"] <= peak["ordinary"] / 4, peak

@@ -1,0 +1,1 @@
+"""Comparing methods ("arms") under one engine, budget and evaluation."""

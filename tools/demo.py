@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""The main job on a real checkpoint, end to end: SmolLM2-135M-Instruct from 8K to 64K positions, before and after.
+
+    make demo            # or: python tools/demo.py [--recipe recipes/demo.yaml] [--output runs/demo]
+
+Fetches the model and public-domain novels, prepares data, trains with EndPrompt under DeepSpeed ZeRO-3 (2 CPU ranks, or
+the GPUs of this machine), exports, and evaluates base / interpolation without training / trained. Every stage is an
+ordinary command of this repository, is echoed, and is skipped when a run before has finished it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from endprompt.commands import ROOT, run_step
+from endprompt.errors import UserError, run_command
+from endprompt.recipe import Recipe, load_recipe
+
+HELD_OUT = ("moby-dick", "austen-emma", "king-james-bible-new-testament")
+"""The evaluation reads the first of these that could be fetched, and training never sees it."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--recipe", default=str(ROOT / "recipes/demo.yaml"))
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    arguments = parser.parse_args()
+    output, started = arguments.output, time.monotonic()
+    recipe = load_recipe(arguments.recipe, [f"output.directory={output / 'training'}"])
+
+    stage(1, "fetch SmolLM2-135M-Instruct and the novels (100 MB)", "1 minute")
+    tool("fetch_assets", "--model", "--text", "--output", "assets")
+    texts = {path.stem: str(path) for path in sorted(Path("assets/text").glob("*.txt"))}
+    held_out = next((name for name in HELD_OUT if name in texts), None)
+    if held_out is None or len(texts) < 2:
+        raise UserError(
+            "assets/text", "holds too few texts to train on one and evaluate on another", "see above what could not be fetched and why"
+        )
+    stage(2, "turn the texts into an indexed dataset", "half a minute")
+    training_texts = [path for name, path in texts.items() if name != held_out]
+    prefix = recipe.data.train[0].path
+    tool("prepare_data", "--input", *training_texts, "--tokenizer", recipe.model.path, "--output", prefix, "--workers", "2")
+    stage(3, "write the same interpolation without training, for comparison", "seconds")
+    untrained = output / "untrained"
+    export_untrained(recipe, untrained)
+    stage(4, f"train {recipe.steps} steps of {recipe.tokens_per_step} tokens and export", "10 minutes on 2 cores, seconds on a GPU")
+    run_step(
+        [sys.executable, str(ROOT / "ds_train.py"), "--recipe", arguments.recipe, "--set", f"output.directory={output / 'training'}",
+         "--nproc-per-node", str(processes(recipe))], what="training",
+    )  # fmt: skip
+    stage(5, "evaluate base, untrained and trained", "6 minutes on 2 cores")
+    trained = output / "training" / "export"
+    models = [f"base={recipe.model.path}", f"untrained={untrained}", f"trained={trained}"]
+    tool(
+        "evaluate", *(word for model in models for word in ("--model", model)), "--tasks", "distance,perplexity",
+        "--text", texts[held_out], "--output", str(output / "evaluation"),
+    )  # fmt: skip
+    print(f"\ntrained checkpoint: {trained}\nfinished in {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
+
+
+def stage(number: int, what: str, duration: str) -> None:
+    print(f"\n== {number}/5  {what} (about {duration}; at once when done before)", flush=True)
+
+
+def tool(name: str, *arguments: str) -> None:
+    run_step([sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments], what=name)
+
+
+def export_untrained(recipe: Recipe, target: Path) -> None:
+    from endprompt.zero3.export import export_untrained
+
+    if not target.exists():
+        export_untrained(recipe, target)
+
+
+def processes(recipe: Recipe) -> int:
+    """One rank per GPU as far as the batch divides, two on a CPU."""
+    import torch
+
+    available = torch.cuda.device_count() or 2
+    batch = recipe.training.global_batch_size // recipe.training.micro_batch_size
+    return max(n for n in range(1, available + 1) if batch % n == 0)
+
+
+if __name__ == "__main__":
+    run_command(main)
