@@ -1,0 +1,58 @@
+"""How commands end: one line and a code."""
+
+import errno
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from endprompt.errors import UserError, run_command
+
+
+def ending(main, capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stopped:
+        run_command(main)
+    return stopped.value.code, capsys.readouterr().err
+
+
+def failing(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_codes(capsys, monkeypatch):
+    assert ending(lambda: None, capsys) == (0, "")
+    assert ending(lambda: 75, capsys) == (75, "")
+    assert ending(failing(UserError("a.yaml: x", "is\nwrong", "mend it")), capsys) == (2, "error: a.yaml: x: is wrong; mend it\n")
+    code, line = ending(failing(PermissionError(errno.EACCES, "Permission denied", "/somewhere")), capsys)
+    assert code == 2 and line.startswith("error: /somewhere: Permission denied; ")
+    assert ending(failing(KeyboardInterrupt()), capsys)[0] == 130
+
+
+def test_other_failures_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: 1 / 0)
+
+
+def test_only_rank_0_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    error = UserError("a", "b", "c")
+    assert ending(failing(error), capsys) == (2, "")
+    error.this_rank_only = True
+    assert ending(failing(error), capsys) == (2, "error: a: b; c\n")
+
+
+def test_errors_survive_process_boundaries():
+    copy = pickle.loads(pickle.dumps(UserError("where", "what", "how")))
+    assert (copy.where, copy.problem, copy.fix, str(copy)) == ("where", "what", "how", "where: what; how")
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    code = "from endprompt.errors import run_command\nrun_command(lambda: [print('x' * 1000, flush=True) for _ in range(1000)] and None)"
+    finished = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "$0" | head -1; exit ${{PIPESTATUS[0]}}', code], capture_output=True, text=True
+    )
+    assert finished.returncode == 141 and finished.stderr == ""
