@@ -3,7 +3,7 @@
 
     python ds_train.py --recipe recipes/llama3_8b_64k.yaml                 # one process per GPU of this machine
     python ds_train.py --recipe recipes/demo.yaml --nproc-per-node 2       # two CPU ranks over gloo
-    torchrun --nnodes 8 --nproc-per-node 8 ... ds_train.py --recipe ...    # several nodes (slurm/ does this)
+    torchrun --nnodes 8 --nproc-per-node 8 ... ds_train.py --recipe ...    # several nodes, on each of them
     python ds_train.py --recipe ... --dry-run --world-size 64              # check everything, train nothing
 
 Running the same command again goes on from the newest checkpoint. Exit codes: 0 finished, 2 bad input (one line says
@@ -13,12 +13,19 @@ what), 75 saved and stopped on request (SIGUSR1, SIGTERM or a file STOP in the r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from typing import TYPE_CHECKING
 
 from endprompt.errors import EXIT_INTERRUPTED, UserError, run_command
 from endprompt.recipe import Recipe, add_recipe_arguments, load_recipe
 from endprompt.training.launch import become_single_process, launch, under_launcher
 from endprompt.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from endprompt.training.stopping import StopRequests
+    from endprompt.training.world import World
+    from endprompt.zero3.prepare import Prepared
 
 
 def main() -> int:
@@ -44,13 +51,18 @@ def parse_arguments() -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}", f"is {value}", "give at least 1")
+    if arguments.world_size and not arguments.dry_run:
+        raise UserError("--world-size", "goes with --dry-run", "start that many processes with --nproc-per-node or torchrun")
     return arguments
 
 
 def processes_wanted(arguments: argparse.Namespace) -> int:
     import torch
 
-    return arguments.nproc_per_node or max(1, torch.cuda.device_count())
+    gpus = torch.cuda.device_count()
+    if gpus and (arguments.nproc_per_node or 0) > gpus and not arguments.dry_run:
+        raise UserError("--nproc-per-node", f"is {arguments.nproc_per_node}, this machine shows {gpus} GPUs", f"give at most {gpus}")
+    return arguments.nproc_per_node or max(1, gpus)
 
 
 def dry_run(recipe: Recipe, world_size: int) -> int:
@@ -65,25 +77,35 @@ def dry_run(recipe: Recipe, world_size: int) -> int:
 
 
 def train(recipe: Recipe) -> int:
-    from endprompt.training.monitor import Monitor
     from endprompt.training.stopping import StopRequests
-    from endprompt.zero3 import checkpoints
     from endprompt.zero3.backend import init_distributed
+    from endprompt.zero3.prepare import check_run_folder, prepare
+
+    folder = RunFolder(recipe)
+    stop = StopRequests(folder.stop_file)  # first: a signal during the minutes of loading must not kill
+    world = init_distributed()
+    with world.left_at_the_end():
+        prepared = world.together(lambda: prepare(recipe, world.size))
+        world.on_rank_0(lambda: (check_run_folder(recipe, prepared, folder), folder.claim()))
+        with folder.failures_recorded() if world.rank == 0 else contextlib.nullcontext():
+            return go_on(recipe, prepared, folder, stop, world)
+
+
+def go_on(recipe: Recipe, prepared: Prepared, folder: RunFolder, stop: StopRequests, world: World) -> int:
+    """Train from the newest checkpoint, or from the start, and export. Returns the exit code."""
+    from endprompt.training.monitor import Monitor
+    from endprompt.zero3 import checkpoints
     from endprompt.zero3.engine import build_engine
     from endprompt.zero3.export import export
     from endprompt.zero3.load import load_model
     from endprompt.zero3.loop import Loop
-    from endprompt.zero3.prepare import check_run_folder, prepare
     from endprompt.zero3.probe import probe
 
-    world = init_distributed()
-    folder = RunFolder(recipe)
-    prepared = world.together(lambda: prepare(recipe, world.size))
-    world.on_rank_0(lambda: (check_run_folder(recipe, prepared, folder), folder.claim()))
-    stop = StopRequests(folder.stop_file)
-
-    saved = checkpoints.latest(folder)
-    if saved and saved.step == recipe.steps and (folder.export / "config.json").exists():
+    # Rank 0 looks for all: on a network file system another node may not see yet what was written a moment ago.
+    saved, exported = world.on_rank_0(lambda: (checkpoints.latest(folder), (folder.export / "config.json").exists()))
+    if saved and saved.step == recipe.steps and exported:
+        if world.rank == 0:
+            folder.write_status(state="finished", step=recipe.steps, exit_code=0, error=None)
         world.print(f"finished already: {folder.export}")
         return 0
     start_step = saved.step if saved else 0
@@ -100,8 +122,10 @@ def train(recipe: Recipe) -> int:
     if world.rank == 0:
         folder.forget_steps_after(start_step)
         folder.write_recipe(recipe)
-        restarts = folder.read_status().get("starts", 0)
-        folder.write_status(state="running", step=start_step, steps=recipe.steps, starts=restarts + 1, exit_code=None, pid=os.getpid())
+        starts = folder.read_status().get("starts", 0)
+        folder.write_status(
+            state="running", step=start_step, steps=recipe.steps, starts=starts + 1, exit_code=None, error=None, pid=os.getpid()
+        )
         monitor = Monitor(recipe, folder, prepared.architecture, world.device, world.size, start_step)
     parameters = prepared.architecture.parameters
     loop = Loop(

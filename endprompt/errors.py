@@ -54,8 +54,8 @@ def from_os_error(error: OSError) -> UserError:
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit: 0 or its return value, 2 with one line for bad input, 130 on Ctrl-C.
 
-    Under a launcher every rank meets the same bad input; only rank 0 prints, unless the error is marked as this
-    rank's own (`error.this_rank_only`).
+    Under a launcher every rank meets the same UserError and only rank 0 prints it. A bare OSError is a rank's own: shared
+    ones come out of `World` as UserErrors.
     """
     try:
         code = main()
@@ -66,7 +66,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         if isinstance(problem, OSError) and problem.errno is None:
             raise  # not the operating system's refusal but a library's own failure: a traceback is what helps
         error = problem if isinstance(problem, UserError) else from_os_error(problem)
-        if int(os.environ.get("RANK", "0")) == 0 or getattr(error, "this_rank_only", False):
+        if isinstance(problem, OSError) or int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt:

@@ -73,6 +73,19 @@ def write(path: str, content: str | bytes):
     return lambda folder: (folder / path).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def append(path: str, content: str):
+    return lambda folder: (folder / path).write_text((folder / path).read_text() + content)
+
+
+def many_added_tokens(folder: Path) -> None:
+    """A tokenizer with 200 tokens more than the model's vocabulary has room for."""
+    tokenizer = json.loads((folder / "model/tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    first = len(tokenizer["model"]["vocab"])
+    tokenizer["added_tokens"] += [{"id": first + i, "content": f"<x{i}>", "special": True, **flags} for i in range(200)]
+    (folder / "model/tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 def cut(path: str, to: float):
     return lambda folder: (folder / path).write_bytes((content := (folder / path).read_bytes())[: int(len(content) * to)])
 
@@ -151,7 +164,15 @@ CASES = {
     "warm-up beyond the end": (NOTHING, dry("training.warmup_steps=21"), ["training.warmup_steps", "20 steps"]),
     "variable not set": (NOTHING, dry("model.path='${NOWHERE}/x'"), ["model.path", "NOWHERE is not set"]),
     "zero ranks": (NOTHING, (TRAIN, ["--recipe", "recipe.yaml", "--nproc-per-node", "0"]), ["--nproc-per-node", "at least 1"]),
+    "alias of itself": (append("recipe.yaml", "extra: &x [*x]\n"), dry(), ["recipe.yaml", "alias"]),
+    "list as a key": (append("recipe.yaml", "? [a, b]\n: 1\n"), dry(), ["recipe.yaml", "not valid YAML"]),
+    "target beyond fp32": (NOTHING, dry("target_length=100000000000000"), ["target_length", "16777216"]),
+    "prompt beyond the vocabulary": (many_added_tokens, dry("positions.prompts=[{name: far, text: <x199>}]"), ["far", "has 512"]),
+    "world size without dry run": (NOTHING, (TRAIN, ["--recipe", "recipe.yaml", "--world-size", "2"]), ["--world-size", "--dry-run"]),
     # the DeepSpeed file
+    "offload is a word": (
+        edit_json("zero3.json", zero_optimization={"stage": 3, "offload_optimizer": "cpu"}), dry(), ["offload_optimizer", "not an object"],
+    ),
     "no DeepSpeed file": (remove("zero3.json"), dry(), ["zero3.json", "no such DeepSpeed configuration"]),
     "DeepSpeed file not JSON": (write("zero3.json", "{"), dry(), ["zero3.json", "not valid JSON"]),
     "DeepSpeed file holds a recipe's value": (edit_json("zero3.json", train_batch_size=8), dry(), ["train_batch_size", "global"]),
@@ -161,6 +182,7 @@ CASES = {
     "config not JSON": (cut("model/config.json", 0.5), dry(), ["config.json", "not valid JSON"]),
     "unsupported model": (edit_json("model/config.json", model_type="gpt2"), dry(), ["model_type", "gpt2"]),
     "quantised": (edit_json("model/config.json", quantization_config={"quant_method": "gptq"}), dry(), ["quantised (gptq)"]),
+    "value of wrong type": (edit_json("model/config.json", rms_norm_eps="x"), dry(), ["config.json", "rms_norm_eps"]),
     "no weights": (remove("model/model.safetensors"), dry(), ["model", "model.safetensors"]),
     "pickled weights only": (lambda f: (f / "model/model.safetensors").rename(f / "model/pytorch_model.bin"), dry(), ["pickled"]),
     "truncated shard": (cut("model/model.safetensors", 0.9), dry(), ["model.safetensors", "cut short"]),
@@ -178,11 +200,13 @@ CASES = {
     "index truncated": (cut("corpus_train.idx", 0.5), dry(), ["corpus_train.idx", "truncated"]),
     "data shorter than the index says": (cut("corpus_train.bin", 0.5), dry(), ["corpus_train.bin", "its index says"]),
     "tokens out of range": (other_tokens(600), dry(), ["corpus_train", "token 600", "512"]),
+    "sidecar of something else": (write("corpus_train.json", '{"max_token_id": "x"}'), dry(), ["corpus_train.json", "sidecar"]),
     "corpus shorter than a sample": (lambda f: write_indexed(f / "corpus_train", [np.arange(9)], dtype=np.uint16), dry(), ["has 9 tokens"]),
     # the run folder
     "run folder is a file": (write("run", "occupied"), dry(), ["run", "exist"]),
     "stopped run": (lambda f: ((f / "run").mkdir(), (f / "run/STOP").touch()), dry(), ["STOP", "remove the file"]),
     "no write permission": (NOTHING, dry("output.directory=/proc/run"), ["/proc"]),
+    "export of another run": (lambda f: (f / "run/export").mkdir(parents=True), dry(), ["run/export", "exists already"]),
     "pointer to nothing": (
         lambda f: ((f / "run/checkpoints").mkdir(parents=True), (f / "run/checkpoints/latest").write_text("step_00000007\n")),
         dry(), ["checkpoints/latest", "step_00000007", "missing or damaged"],
@@ -195,6 +219,8 @@ CASES = {
     "text not UTF-8": (write("a.txt", b"caf\xe9"), prepare("--input", "a.txt"), ["a.txt", "not UTF-8"]),
     "only empty documents": (write("a.txt", ""), prepare("--input", "a.txt"), ["no documents"]),
     "parquet damaged": (write("a.parquet", b"PAR1nothing"), prepare("--input", "a.parquet"), ["a.parquet", "parquet"]),
+    "output without a name": (NOTHING, prepare("--input", "text.jsonl", "--output", "data/"), ["--output data/"]),
+    "separator of two lines": (NOTHING, prepare("--input", "text.jsonl", "--separator", "a\nb"), ["--separator", "line break"]),
     "output exists": (write("out.bin", "precious"), prepare("--input", "text.jsonl"), ["out", "exists already"]),
     "prepare without tokenizer": (lambda f: shutil.rmtree(f / "model"), prepare("--input", "text.jsonl"), ["no such tokenizer folder"]),
     # looking and evaluating

@@ -37,12 +37,11 @@ def test_other_failures_keep_their_traceback():
         run_command(lambda: 1 / 0)
 
 
-def test_only_rank_0_speaks(capsys, monkeypatch):
+def test_only_rank_0_speaks_unless_a_rank_has_an_error_of_its_own(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    error = UserError("a", "b", "c")
-    assert ending(failing(error), capsys) == (2, "")
-    error.this_rank_only = True
-    assert ending(failing(error), capsys) == (2, "error: a: b; c\n")
+    assert ending(failing(UserError("a", "b", "c")), capsys) == (2, "")
+    code, line = ending(failing(OSError(errno.ENOSPC, "No space left on device", "/somewhere")), capsys)
+    assert code == 2 and line.startswith("error: /somewhere: ")
 
 
 def test_errors_survive_process_boundaries():

@@ -43,6 +43,10 @@ def main() -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}", f"{value} is below 1", "give a positive number or leave it out")
+    if arguments.output.endswith("/") or not Path(arguments.output).name:
+        raise UserError(f"--output {arguments.output}", "names no file", "give folder/name; name.bin and name.idx are written")
+    if "\n" in (arguments.separator or ""):
+        raise UserError("--separator", "holds a line break, so no line can equal it", "give the text of one line")
     job = Job(
         inputs=tuple(arguments.input),
         tokenizer=arguments.tokenizer,

@@ -124,8 +124,8 @@ def _stale_parts(folder: Path, encoding: dict, overwrite: bool) -> bool:
     if not folder.exists():
         return False
     try:
-        earlier = json.loads((folder / JOB_NOTE).read_text())
-    except (FileNotFoundError, ValueError):
+        earlier = dict(json.loads((folder / JOB_NOTE).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
         if any(not path.name.endswith(".tmp") for path in folder.iterdir()):
             raise UserError(folder, f"holds no {JOB_NOTE}, so it is not ours", "remove it or choose another --output") from None
         return True  # killed before its first file was whole

@@ -21,6 +21,7 @@ def read_sidecar(prefix: str | Path) -> dict | None:
         return None
     except ValueError:
         found = None
-    if not isinstance(found, dict):
+    whole = isinstance(found, dict) and isinstance(found.get("max_token_id", 0), int) and isinstance(found.get("tokenizer", {}), dict)
+    if not whole:
         raise UserError(path, "is not the sidecar of a dataset", "remove it or prepare the dataset again")
     return found

@@ -84,7 +84,8 @@ def _check_architecture(config: dict[str, Any], path: Path) -> None:
     if classes != [_CAUSAL_LM[kind]]:
         raise UserError(f"{path}: architectures", f"{classes} is not a causal language model", f"use a {_CAUSAL_LM[kind]} checkpoint")
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
+        settings = config["quantization_config"]
+        method = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
         raise UserError(f"{path}: quantization_config", f"weights are quantised ({method})", "use the bf16 or fp16 checkpoint")
     if config.get("sliding_window") is not None:
         raise UserError(

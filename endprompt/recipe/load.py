@@ -24,6 +24,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key.value, str):
+                continue  # a list or mapping as key, which the standard loader refuses
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} appears twice", key.start_mark)
             seen.add(key.value)
@@ -54,7 +56,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise UserError(path, "holds no mapping", "start from one of recipes/*.yaml")
     for override in overrides or []:
         _apply_override(raw, override)
-    raw = _expand(raw, path, "")
+    try:
+        raw = _expand(raw, path, "")
+    except RecursionError:
+        raise UserError(path, "holds an alias of something that contains it", "write it out") from None
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:

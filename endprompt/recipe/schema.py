@@ -214,7 +214,7 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     seed: Annotated[int, Field(ge=0)] = 42
     model: Model
-    target_length: PositiveInt
+    target_length: Annotated[int, Field(gt=0, le=2**24, description="positions are made in fp32, which counts exactly so far")]
     rope: Rope = Rope()
     positions: Positions
     data: Data

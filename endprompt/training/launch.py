@@ -1,8 +1,8 @@
 """Start one process per device on this machine and give back one exit code.
 
 torchrun reports every non-zero exit as 1 with a traceback of its own; here the ranks' own code comes through, so that
-bad input (2) and a saved interruption (75) look the same with one rank and with many. On several nodes use torchrun or
-srun as slurm/ does; the run folder's status.json then says what happened.
+bad input (2) and a saved interruption (75) look the same with one rank and with many. On several nodes use torchrun; the
+run folder's status.json then says what happened.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GRACE_SECONDS = 20.0
 
 
 def under_launcher() -> bool:
-    """True where torchrun, srun or this module has already set this process's rank."""
+    """True where torchrun or this module has already set this process's rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 

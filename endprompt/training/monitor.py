@@ -44,10 +44,14 @@ class Monitor:
         wandb = import_wandb(recipe)
         self._wandb = None
         if wandb is not None:
-            self._wandb = wandb.init(
-                project=recipe.wandb.project, entity=recipe.wandb.entity, name=recipe.name, id=folder.wandb_id(), resume="allow",
-                mode=recipe.wandb.mode, dir=str(folder.path), config=recipe.model_dump(mode="json"),
-            )  # fmt: skip
+            try:
+                self._wandb = wandb.init(
+                    project=recipe.wandb.project, entity=recipe.wandb.entity, name=recipe.name, id=folder.wandb_id(), resume="allow",
+                    mode=recipe.wandb.mode, dir=str(folder.path), config=recipe.model_dump(mode="json"),
+                )  # fmt: skip
+            except wandb.Error as error:
+                detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise UserError("recipe: wandb.mode", f"wandb does not start ({detail})", "run wandb login, or set it to offline") from None
 
     def start_step(self) -> None:
         self._step_started = time.monotonic()

@@ -2,7 +2,7 @@
 
 recipe.yaml      the recipe as resolved (overrides and environment applied)
 log.jsonl        one line per logged step; a resumed run first drops lines beyond its checkpoint
-status.json      state, step, restarts, exit code: what a launcher reads
+status.json      state, step, starts, exit code, error: what a launcher reads
 checkpoints/     step_00000200/ ..., and `latest`, which names the newest complete one
 export/          the finished Hugging Face checkpoint
 STOP             created by the user: save, stop, and stay stopped
@@ -16,12 +16,13 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from endprompt.atomic import atomic_file, write_json
-from endprompt.errors import UserError
+from endprompt.errors import EXIT_BAD_INPUT, UserError
 from endprompt.recipe import Recipe
 
 
@@ -61,15 +62,27 @@ class RunFolder:
     def read_status(self) -> dict:
         """The last status, {} for a new run."""
         try:
-            return json.loads(self._status.read_text())
+            return dict(json.loads(self._status.read_text()))
         except FileNotFoundError:
             return {}
-        except ValueError:
-            raise UserError(self._status, "is not valid JSON", "remove it; the checkpoints decide where the run goes on") from None
+        except (ValueError, TypeError):
+            raise UserError(self._status, "holds no JSON object", "remove it; the checkpoints decide where the run goes on") from None
 
     def write_status(self, **facts) -> None:
         """Merge `facts` into status.json."""
         write_json(self._status, {**self.read_status(), **facts, "updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+
+    @contextlib.contextmanager
+    def failures_recorded(self) -> Iterator[None]:
+        """Within the block an exception is written to status.json on its way out, as the exit code that it will become."""
+        try:
+            yield
+        except BaseException as error:
+            mendable = isinstance(error, UserError) or (isinstance(error, OSError) and error.errno is not None)
+            code = EXIT_BAD_INPUT if mendable else 130 if isinstance(error, KeyboardInterrupt) else 1
+            with contextlib.suppress(UserError, OSError):  # the disk may be what is full
+                self.write_status(state="failed", exit_code=code, error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
+            raise
 
     def write_recipe(self, recipe: Recipe) -> None:
         with atomic_file(self.path / "recipe.yaml") as file:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from endprompt.atomic import atomic_file, write_json
+from endprompt.atomic import atomic_file, sync_directory, write_json
 from endprompt.errors import UserError
 from endprompt.recipe import Recipe
 from endprompt.training.run_folder import RunFolder
@@ -47,10 +47,12 @@ def latest(folder: RunFolder) -> SavedState | None:
         return None
     path = folder.checkpoints / pointer.read_text().strip()
     try:
-        facts = json.loads((path / "state.json").read_text())
-        return SavedState(path=path, **facts)
+        saved = SavedState(path=path, **json.loads((path / "state.json").read_text()))
+        if not (isinstance(saved.step, int) and isinstance(saved.world_size, int) and isinstance(saved.recipe, dict)):
+            raise ValueError
+        return saved
     except (OSError, ValueError, TypeError):
-        names = [whole.name for whole in whole_checkpoints(folder) if (whole / "state.json").exists()]
+        names = [whole.name for whole in whole_checkpoints(folder) if whole != path and (whole / "state.json").exists()]
         fix = f"write one of {', '.join(names)} into it" if names else "remove the checkpoints folder to start again"
         raise UserError(pointer, f"names {path.name}, which is missing or damaged", fix) from None
 
@@ -141,7 +143,7 @@ def _complete(folder: RunFolder, incomplete: Path, name: str, keep_last: int) ->
     os.rename(incomplete, complete)
     with atomic_file(folder.checkpoints / "latest") as file:
         file.write(name + "\n")
-    _remove_old(folder, keep_last)
+    _remove_old(folder, complete, keep_last)
 
 
 def _sync_files(folder: Path, rank: int) -> None:
@@ -153,12 +155,16 @@ def _sync_files(folder: Path, rank: int) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+    sync_directory(folder)
 
 
-def _remove_old(folder: RunFolder, keep_last: int) -> None:
+def _remove_old(folder: RunFolder, newest: Path, keep_last: int) -> None:
+    """Keep `newest`, which the pointer names, and those before it. Later ones, left by a kill before the pointer moved or
+    by a user who set it back, do not count: with them the one that is named could be among the oldest and go."""
     torn = list(folder.checkpoints.glob("step_*.incomplete"))
     universal = list(folder.checkpoints.glob("step_*.universal*"))
-    for path in whole_checkpoints(folder)[:-keep_last] + torn + universal:
+    up_to_newest = [path for path in whole_checkpoints(folder) if path.name <= newest.name]
+    for path in up_to_newest[:-keep_last] + torn + universal:
         shutil.rmtree(path)
 
 

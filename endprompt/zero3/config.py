@@ -54,15 +54,19 @@ def read_situation(recipe: Recipe) -> dict:
         raise UserError(
             f"{path}: zero_optimization.stage", "is not 3", "this trainer loads, saves and exports ZeRO-3 partitions; set it to 3"
         )
-    if zero.get("offload_param", {}).get("device", "none") not in ("none", "cpu"):
-        raise UserError(f"{path}: offload_param.device", f"is {zero['offload_param']['device']}", "set it to cpu or none")
+    for part in ("offload_param", "offload_optimizer"):
+        if not isinstance(zero.get(part) or {}, dict):
+            raise UserError(f"{path}: {part}", "is not an object", 'write {"device": "cpu"}')
+    if offload_device(config, "offload_param") not in ("none", "cpu"):
+        raise UserError(f"{path}: offload_param.device", f"is {offload_device(config, 'offload_param')}", "set it to cpu or none")
     if zero.get("zero_hpz_partition_size", 1) != 1:
         raise UserError(f"{path}: zero_hpz_partition_size", "is not 1; weights are read into the first partition only", "remove it")
     return config
 
 
-def offloads_optimizer(situation: dict) -> bool:
-    return situation["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+def offload_device(situation: dict, part: str) -> str:
+    """Where `offload_param` or `offload_optimizer` puts things: cpu, nvme, or none."""
+    return (situation["zero_optimization"].get(part) or {}).get("device") or "none"
 
 
 def deepspeed_config(recipe: Recipe, data_parallel: int, *, load_universal: bool = False) -> dict:

@@ -160,7 +160,7 @@ def export_untrained(recipe: Recipe, target: Path) -> None:
     with atomic_directory(target) as folder:
         for path in [*source.glob("*.safetensors"), *source.glob(INDEX)]:
             try:
-                os.link(path, folder / path.name)
+                os.link(path.resolve(), folder / path.name)  # a link to a link (the HF cache is full of them) would dangle
             except OSError:  # another file system, or one without links
                 shutil.copyfile(path, folder / path.name)
         write_companions(folder, recipe, config, rope, dtype=None, step=None)

@@ -6,10 +6,12 @@ slice. transformers' own ZeRO-3 loading merges the whole checkpoint on rank 0 fi
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from endprompt.errors import UserError
 from endprompt.models.hf_config import extended_config
 from endprompt.recipe import Recipe
 from endprompt.rope import RopeScaling, attention_factor, inverse_frequencies
@@ -25,8 +27,13 @@ def check_weights(directory: str, config: dict[str, Any]) -> None:
     """Hold the headers of a checkpoint's shards against the architecture that its config.json describes. Raises UserError."""
     from transformers import AutoModelForCausalLM
 
+    try:
+        model_config = _model_config(config)
+    except Exception as error:  # huggingface_hub's field validation has exceptions of its own
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise UserError(Path(directory) / "config.json", f"transformers cannot read it ({detail})", "download the file again") from None
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_model_config(config))
+        model = AutoModelForCausalLM.from_config(model_config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     # Old conversions saved the rotary table, and some save the tied head twice.
     optional = {"lm_head.weight"} | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config["num_hidden_layers"])}

@@ -66,9 +66,7 @@ class Loop:
 
     def _optimizer_step(self, step: int, rate: float) -> tuple[float, float]:
         """One step over the global batch. Returns (weighted mean loss, gradient norm before clipping)."""
-        batches = [self._batch(self.train_data, step, micro) for micro in range(self.micro_steps)]
-        step_weight = torch.stack([batch["loss_weights"].double().sum() for batch in batches]).sum().to(self.world.device)
-        dist.all_reduce(step_weight)
+        batches, step_weight = self._step_batches(step)
         scale = global_weight_scale(step_weight, self.world.size, self.micro_steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -81,6 +79,12 @@ class Loop:
             if micro == self.micro_steps - 1:
                 mean = self._finite_mean(loss_sum, step_weight, step)  # before the update, so that a NaN never reaches the weights
             self.engine.step()
+        if self.engine.optimizer.overflow:  # DeepSpeed has left this update out without a word
+            raise UserError(
+                f"step {step + 1}",
+                "a gradient is infinite or NaN",
+                "lower training.learning_rate or look at the data of this step; the last checkpoint is untouched",
+            )
         return mean, float(self.engine.get_global_grad_norm())
 
     def _finite_mean(self, loss_sum: torch.Tensor, step_weight: torch.Tensor, step: int) -> float:
@@ -94,9 +98,28 @@ class Loop:
             )
         return mean
 
-    def _batch(self, dataset, step: int, micro: int) -> dict[str, torch.Tensor]:
+    def _step_batches(self, step: int) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+        """This rank's micro-batches and the fp64 sum of weights over all ranks.
+
+        Bad data, a token out of range for instance, is met by one rank alone. It passes that on as a NaN weight, so that
+        all ranks raise its UserError together and a good step costs no collective more.
+        """
+        size = self.recipe.training.global_batch_size
+        batches, error, weight = [], None, torch.tensor(float("nan"), dtype=torch.float64)
+        try:
+            batches = [self._batch(self.train_data, step, micro, size) for micro in range(self.micro_steps)]
+            weight = torch.stack([batch["loss_weights"].double().sum() for batch in batches]).sum()
+        except UserError as problem:
+            error = problem
+        weight = weight.to(self.world.device)
+        dist.all_reduce(weight)
+        if weight.isnan():
+            self.world.together(lambda: _raise(error))
+        return batches, weight
+
+    def _batch(self, dataset: SampleDataset, step: int, micro: int, global_batch_size: int) -> dict[str, torch.Tensor]:
         training = self.recipe.training
-        return micro_batch(dataset, step, micro, self.world.rank, self.world.size, training.micro_batch_size, training.global_batch_size)
+        return micro_batch(dataset, step, micro, self.world.rank, self.world.size, training.micro_batch_size, global_batch_size)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -112,7 +135,7 @@ class Loop:
         totals = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for number in range(rounds):
             first = number * per_round + self.world.rank * size
-            batch = micro_batch(self.validation_data, number, 0, self.world.rank, self.world.size, size, per_round)
+            batch = self.world.together(lambda number=number: self._batch(self.validation_data, number, 0, per_round))
             inside = torch.arange(first, first + size) < self.recipe.data.validation_samples
             batch["loss_weights"] = batch["loss_weights"] * inside[:, None]
             loss = self.engine(**{name: tensor.to(self.world.device) for name, tensor in batch.items()})
@@ -129,3 +152,8 @@ class Loop:
         if by_file:
             return "STOP file"
         return (mine or "a signal on another rank") if by_signal else None
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error

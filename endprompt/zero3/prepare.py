@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from endprompt.data.samples import SampleDataset
 from endprompt.data.tokenizers import load_tokenizer
+from endprompt.errors import UserError
 from endprompt.models.architectures import Architecture, resolve_architecture
 from endprompt.models.hf_config import load_hf_config, rope_of_config
 from endprompt.positions import SampleBuilder, tokenize_prompts
@@ -15,7 +16,7 @@ from endprompt.rope import RopeScaling, scaling_for
 from endprompt.training.monitor import import_wandb
 from endprompt.training.run_folder import RunFolder
 from endprompt.zero3.checkpoints import check_disk, check_resumable, checkpoint_bytes, latest, missing_copies
-from endprompt.zero3.config import micro_steps_per_step, offloads_optimizer, read_situation
+from endprompt.zero3.config import micro_steps_per_step, offload_device, read_situation
 from endprompt.zero3.load import check_weights
 
 
@@ -46,13 +47,21 @@ def prepare(recipe: Recipe, world_size: int) -> Prepared:
     rope = scaling_for(recipe, rope_of_config(config))
     check_weights(recipe.model.path, config)
     tokenizer = load_tokenizer(recipe.model.path)
-    builder = SampleBuilder(recipe.positions, recipe.target_length, tokenize_prompts(recipe.positions, tokenizer), recipe.seed)
+    prompts = tokenize_prompts(recipe.positions, tokenizer)
+    for prompt in prompts.prompts:
+        if prompt.words.max() >= config["vocab_size"]:
+            raise UserError(
+                f"positions.prompts: {prompt.name}",
+                f"holds token {prompt.words.max()}, the model's vocabulary has {config['vocab_size']}",
+                f"write other words, or copy the model's own tokenizer to {recipe.model.path}",
+            )
+    builder = SampleBuilder(recipe.positions, recipe.target_length, prompts, recipe.seed)
     train_data = SampleDataset(recipe.data.train, builder, recipe.seed, vocab_size=config["vocab_size"])
     validation_data = None
     if recipe.data.validation:
         validation_data = SampleDataset(recipe.data.validation, builder, recipe.seed, vocab_size=config["vocab_size"])
     for dataset in filter(None, (train_data, validation_data)):
-        dataset[0]  # a prompt or token that does not fit shows in the first sample
+        dataset[0]  # most of what does not fit shows in the first sample
     return Prepared(config, architecture, rope, train_data, validation_data, situation, micro_steps, train_data.fingerprint())
 
 
@@ -64,6 +73,8 @@ def check_run_folder(recipe: Recipe, prepared: Prepared, folder: RunFolder) -> N
     saved = latest(folder)
     if saved is not None:
         check_resumable(saved, recipe, prepared.data_fingerprint, folder)
+    if folder.export.exists() and (saved is None or saved.step < recipe.steps):
+        raise UserError(folder.export, "exists already, of another run", "move it away or set output.directory to a new folder")
 
 
 def describe(recipe: Recipe, prepared: Prepared, folder: RunFolder, world_size: int) -> str:
@@ -104,9 +115,9 @@ def describe(recipe: Recipe, prepared: Prepared, folder: RunFolder, world_size: 
 def describe_states(parameters: int, world_size: int, situation: dict) -> str:
     """Where the states lie, per rank in 10^9 bytes (deepspeed_configs/README.md has the arithmetic per parameter)."""
     share = parameters / world_size / 1e9
-    if situation["zero_optimization"].get("offload_param", {}).get("device", "none") != "none":
+    if offload_device(situation, "offload_param") != "none":
         return f"{22 * share:.1f} GB a rank on the host, gathered layers on the device"
-    if offloads_optimizer(situation):
+    if offload_device(situation, "offload_optimizer") != "none":
         return f"{2 * share:.1f} GB a rank on the device, {20 * share:.1f} GB on the host"
     return f"{18 * share:.1f} GB a rank on the device"
 

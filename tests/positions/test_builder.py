@@ -104,8 +104,9 @@ def test_prompts_are_tokenised_without_special_tokens():
 
 
 def test_the_table_knows_every_built_in_text():
-    for text in (*BUILT_IN_PROMPTS.values(), RecallPrompt().cue):
+    for text in BUILT_IN_PROMPTS.values():
         assert set(KNOWN_LENGTHS[text]) == {"llama3", "llama2", "mistral", "smollm2"}
+    assert KNOWN_LENGTHS[RecallPrompt(span_length=1).cue] == {"llama2": 8, "smollm2": 7}
     counts = {name: (KNOWN_LENGTHS[text]["llama3"], KNOWN_LENGTHS[text]["llama2"]) for name, text in BUILT_IN_PROMPTS.items()}
     assert counts == {"EP_1": (11, 11), "EP_2": (1, 8), "EP_3": (2, 2)}
 

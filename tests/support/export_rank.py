@@ -21,6 +21,11 @@ def main() -> None:
     torch.set_num_threads(1)
     recipe = load_recipe(sys.argv[1])
     world = init_distributed()
+    with world.left_at_the_end():
+        work(recipe, world)
+
+
+def work(recipe, world) -> None:
     prepared = prepare(recipe, world.size)
     engine = build_engine(recipe, load_model(recipe, prepared.config, prepared.rope, world), world.size, load_universal=False)
     loop = Loop(

@@ -43,6 +43,11 @@ def main() -> None:
     torch.set_num_threads(1)
     recipe = load_recipe(sys.argv[1])
     world = init_distributed()
+    with world.left_at_the_end():
+        work(recipe, world)
+
+
+def work(recipe, world) -> None:
     import deepspeed
     from transformers import AutoModelForCausalLM  # noqa: F401  (imported before the measurement begins)
 

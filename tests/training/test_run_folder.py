@@ -35,6 +35,18 @@ def test_status_merges(folder):
     assert (status["state"], status["step"]) == ("running", 4) and "updated" in status
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UserError("a", "is wrong", "mend it"), 2), (OSError(28, "No space left on device"), 2), (RuntimeError("a crash"), 1)],
+)
+def test_status_keeps_how_a_run_failed(folder, error, code):
+    folder.write_status(state="running", step=3)
+    with pytest.raises(type(error)), folder.failures_recorded():
+        raise error
+    status = folder.read_status()
+    assert (status["state"], status["step"], status["exit_code"]) == ("failed", 3, code) and type(error).__name__ in status["error"]
+
+
 def test_a_second_run_is_kept_out_and_a_dead_one_is_not_in_the_way(folder):
     script = (
         "import sys; from endprompt.training.run_folder import RunFolder; from tests.support.recipes import make_recipe\n"

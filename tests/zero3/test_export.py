@@ -97,6 +97,16 @@ def test_untrained_has_the_base_weights_under_the_new_rope(tmp_path):
         export_untrained(recipe, tmp_path / "untrained")
 
 
+def test_untrained_from_a_folder_of_links_is_whole(tmp_path):
+    """Snapshots of the Hugging Face cache are relative links, which a link to the link would leave dangling."""
+    workspace = Workspace(tmp_path)
+    (tmp_path / "blob").hardlink_to(workspace.model / "model.safetensors")
+    (workspace.model / "model.safetensors").unlink()
+    (workspace.model / "model.safetensors").symlink_to("../blob")
+    export_untrained(workspace.recipe(), tmp_path / "a/b/untrained")
+    assert (tmp_path / "a/b/untrained/model.safetensors").samefile(tmp_path / "blob")
+
+
 def test_shards_keep_order_and_size():
     sizes = [("a", 5), ("b", 6), ("c", 30), ("d", 1), ("e", 1)]
     plan = plan_shards(sizes, limit=11)

@@ -7,12 +7,14 @@ import signal
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from endprompt.data.indexed import open_indexed, write_indexed
 from endprompt.data.samples import SampleDataset
 from endprompt.data.tokenizers import load_tokenizer
 from endprompt.positions import SampleBuilder, tokenize_prompts
@@ -231,6 +233,21 @@ def test_nan_loss_stops_with_one_line_and_keeps_the_checkpoint(workspace):
     )
     assert "the loss is nan" in refused.stderr.lower() and "Traceback" not in refused.stderr
     assert (run / "checkpoints" / "latest").exists()
+
+
+def test_bad_data_that_one_rank_meets_stops_all_with_one_line(workspace):
+    """Without a sidecar a token out of range shows only when it is read: here by rank 1, in the second step."""
+    recipe, data = samples_of(workspace)
+    corpus = open_indexed(workspace.path / "corpus_train")
+    stream = corpus.read(0, corpus.num_tokens)
+    text = data[5].tokens[:20]
+    (at,) = (i for i in range(len(stream) - 20) if (stream[i : i + 20] == text).all())
+    stream[at + 3] = 600
+    write_indexed(workspace.path / "poisoned", [stream], dtype=np.uint16)
+    run = workspace.path / "poisoned_run"
+    refused = workspace.train(expect=2, **{"output.directory": run, "data.train.0.path": workspace.path / "poisoned"})
+    assert "holds token 600" in refused.stderr and refused.stderr.count("error: ") == 1 and "Traceback" not in refused.stderr
+    assert json.loads((run / "status.json").read_text())["exit_code"] == 2
 
 
 def test_wandb_offline_is_one_run_across_restarts(workspace):
