@@ -87,6 +87,7 @@ def train(recipe: Recipe) -> int:
     with world.left_at_the_end():
         prepared = world.together(lambda: prepare(recipe, world.size))
         world.on_rank_0(lambda: (check_run_folder(recipe, prepared, folder), folder.claim()))
+        folder.check_shared(world)
         with folder.failures_recorded() if world.rank == 0 else contextlib.nullcontext():
             return go_on(recipe, prepared, folder, stop, world)
 

@@ -61,13 +61,13 @@ def main() -> None:
 
 def export_untrained_ropes(arms, output: Path) -> list[str]:
     """One checkpoint per rope with the base's weights: what the interpolation does by itself."""
-    from endprompt.zero3.export import export_untrained
+    from endprompt.zero3.export import ensure_untrained
 
     named = {}
     for arm, recipe in arms:
         target = output / f"untrained-{arm.rope}"
-        if arm.rope not in named and not target.exists():
-            export_untrained(recipe, target)
+        if arm.rope not in named:
+            ensure_untrained(recipe, target)
         named[arm.rope] = f"untrained-{arm.rope}={target}"
     return list(named.values())
 

@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     arguments = parser.parse_args()
     output, started = arguments.output, time.monotonic()
-    recipe = load_recipe(arguments.recipe, [f"output.directory={output / 'training'}"])
+    here = [f"output.directory={output / 'training'}", f"data.train.0.path={output / 'data/texts'}"]
+    recipe = load_recipe(arguments.recipe, here)
 
     stage(1, "fetch SmolLM2-135M-Instruct and the novels (100 MB)", "1 minute")
     tool("fetch_assets", "--model", "--text", "--output", "assets")
@@ -46,12 +47,14 @@ def main() -> None:
     prefix = recipe.data.train[0].path
     tool("prepare_data", "--input", *training_texts, "--tokenizer", recipe.model.path, "--output", prefix, "--workers", "2")
     stage(3, "write the same interpolation without training, for comparison", "seconds")
+    from endprompt.zero3.export import ensure_untrained  # imports torch: not before the fetching has begun
+
     untrained = output / "untrained"
-    export_untrained(recipe, untrained)
+    ensure_untrained(recipe, untrained)
     stage(4, f"train {recipe.steps} steps of {recipe.tokens_per_step} tokens and export", "8 minutes on 2 cores, seconds on a GPU")
     run_step(
-        [sys.executable, str(ROOT / "ds_train.py"), "--recipe", arguments.recipe, "--set", f"output.directory={output / 'training'}",
-         "--nproc-per-node", str(processes(recipe))], what="training",
+        [sys.executable, str(ROOT / "ds_train.py"), "--recipe", arguments.recipe,
+         *(word for override in here for word in ("--set", override)), "--nproc-per-node", str(processes(recipe))], what="training",
     )  # fmt: skip
     stage(5, "evaluate base, untrained and trained", "8 minutes on 2 cores")
     trained = output / "training" / "export"
@@ -69,13 +72,6 @@ def stage(number: int, what: str, duration: str) -> None:
 
 def tool(name: str, *arguments: str) -> None:
     run_step([sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments], what=name)
-
-
-def export_untrained(recipe: Recipe, target: Path) -> None:
-    from endprompt.zero3.export import export_untrained
-
-    if not target.exists():
-        export_untrained(recipe, target)
 
 
 def processes(recipe: Recipe) -> int:

@@ -1,4 +1,4 @@
-"""Micro-batches: which samples a rank holds at a step, and their sum of loss weights."""
+"""Micro-batches: which samples a rank holds at a step."""
 
 from __future__ import annotations
 
@@ -26,19 +26,6 @@ def micro_batch(
     positions = torch.from_numpy(np.stack([sample.position_ids for sample in samples]))
     labels, weights = shift_for_next_token(tokens, torch.from_numpy(np.stack([sample.loss_weights for sample in samples])))
     return {"input_ids": tokens, "position_ids": positions, "labels": labels, "loss_weights": weights}
-
-
-def step_weight(dataset: SampleDataset, step: int, rank: int, data_parallel: int, micro_batch_size: int, global_batch_size: int) -> float:
-    """Sum, in double precision, of the loss weights of all micro-batches of this rank at a step.
-
-    The sum over ranks is what the step's loss is divided by. Samples are built for it and once more by `micro_batch`:
-    well under a millisecond each, and the step need not hold all its micro-batches at once.
-    """
-    total = 0.0
-    for micro_step in range(_micro_steps(data_parallel, micro_batch_size, global_batch_size)):
-        samples = _samples(dataset, step, micro_step, rank, data_parallel, micro_batch_size, global_batch_size)
-        total += sum(float(sample.loss_weights[1:].sum(dtype=np.float64)) for sample in samples)
-    return total
 
 
 def _samples(

@@ -247,12 +247,28 @@ class Recipe(Section):
         return self.training.steps or self.training.tokens // self.tokens_per_step
 
     def fingerprint(self) -> str:
-        """Hash of all that decides the numbers of a run: equal fingerprints may resume each other's checkpoints.
-
-        Left out: where things lie and how often they are reported, and the micro-batch (it changes only rounding).
-        """
-        facts = self.model_dump(mode="json", exclude={"name", "wandb", "output", "deepspeed"})
-        facts["model"].pop("path")
-        facts["training"].pop("micro_batch_size")
-        facts["training"].pop("activation_checkpointing")
+        """Hash of all that decides the numbers of a run: equal fingerprints may resume each other's checkpoints."""
+        facts = deciding_facts(self.model_dump(mode="json"))
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def deciding_facts(dump: dict) -> dict[str, object]:
+    """The fields of a dumped recipe that decide a run's numbers, flat: {"training.learning_rate": 2e-5, ...}.
+
+    Left out: where things lie and how often they are reported, validation, and the micro-batch (it changes only
+    rounding). The data's content is held separately (`SampleDataset.fingerprint`).
+    """
+    decides = {key: value for key, value in dump.items() if key not in ("name", "wandb", "output", "deepspeed", "data")}
+    decides["data"] = {"train_weights": [source["weight"] for source in dump["data"]["train"]]}
+    flat = dict(_flatten(decides))
+    for field in ("model.path", "training.micro_batch_size", "training.activation_checkpointing"):
+        flat.pop(field, None)
+    return flat
+
+
+def _flatten(value: dict, prefix: str = ""):
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _flatten(inner, f"{prefix}{key}.")
+        else:
+            yield prefix + key, inner

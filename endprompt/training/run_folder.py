@@ -24,6 +24,7 @@ import yaml
 from endprompt.atomic import atomic_file, write_json
 from endprompt.errors import EXIT_BAD_INPUT, UserError
 from endprompt.recipe import Recipe
+from endprompt.training.world import World
 
 
 class RunFolder:
@@ -54,6 +55,29 @@ class RunFolder:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise UserError(self.path, "another run is using this folder", "wait for it or set output.directory") from None
             print(f"note: {self.path} is on a file system without locks; nothing keeps a second run out", flush=True)
+
+    def check_shared(self, world: World) -> None:
+        """Every rank sees what rank 0 writes here. Collective; raises UserError on a folder that is local to a node.
+
+        A network file system may show a new file late: ranks look for ten seconds.
+        """
+        token = world.on_rank_0(self._write_token)
+        world.together(lambda: self._await_token(token, world.rank))
+        world.on_rank_0(lambda: (self.path / ".shared").unlink())
+
+    def _write_token(self) -> str:
+        token = os.urandom(8).hex()
+        with atomic_file(self.path / ".shared") as file:
+            file.write(token)
+        return token
+
+    def _await_token(self, token: str, rank: int) -> None:
+        for _ in range(100):
+            with contextlib.suppress(FileNotFoundError):
+                if (self.path / ".shared").read_text() == token:
+                    return
+            time.sleep(0.1)
+        raise UserError(self.path, f"rank {rank} does not see what rank 0 writes there", "set output.directory to a shared file system")
 
     def check_not_stopped(self) -> None:
         if self.stop_file.exists():

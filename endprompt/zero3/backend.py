@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from datetime import timedelta
 
 import torch
 
@@ -29,5 +30,6 @@ def init_distributed() -> World:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    # Long enough for rank 0 to convert a 1 TB checkpoint or a slow disk to take one, while the others wait (default: 10 minutes).
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=timedelta(hours=2))
     return World.current()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from endprompt.atomic import atomic_file, sync_directory, write_json
 from endprompt.errors import UserError
 from endprompt.recipe import Recipe
+from endprompt.recipe.schema import deciding_facts
 from endprompt.training.run_folder import RunFolder
 from endprompt.training.world import World
 
@@ -67,23 +68,13 @@ def check_resumable(saved: SavedState, recipe: Recipe, data: str, folder: RunFol
             "restore those fields or set output.directory to a new folder",
         )
     if saved.data != data:
-        raise UserError(
-            saved.path, "was made with other data under the same paths", "restore the data or set output.directory to a new folder"
-        )
+        raise UserError(saved.path, "was made with other data", "restore the data or set output.directory to a new folder")
 
 
-def _differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    ignored = {"name", "wandb", "output", "deepspeed", "model.path", "training.micro_batch_size", "training.activation_checkpointing"}
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        field, before, after = prefix + key, old.get(key), new.get(key)
-        if field in ignored or before == after:
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, field + ".")
-        else:
-            found.append(f"{field} {before!r} -> {after!r}" if not isinstance(before, (dict, list)) else field)
-    return found
+def _differences(old: dict, new: dict) -> list[str]:
+    before, after = deciding_facts(old), deciding_facts(new)
+    fields = [field for field in sorted(before.keys() | after.keys()) if before.get(field) != after.get(field)]
+    return [field if isinstance(before.get(field), list) else f"{field} {before.get(field)!r} -> {after.get(field)!r}" for field in fields]
 
 
 def check_disk(folder: RunFolder, recipe: Recipe, parameters: int, *, copies: int = 1) -> None:

@@ -57,15 +57,16 @@ def read_situation(recipe: Recipe) -> dict:
     for part in ("offload_param", "offload_optimizer"):
         if not isinstance(zero.get(part) or {}, dict):
             raise UserError(f"{path}: {part}", "is not an object", 'write {"device": "cpu"}')
-    if offload_device(config, "offload_param") not in ("none", "cpu"):
-        raise UserError(f"{path}: offload_param.device", f"is {offload_device(config, 'offload_param')}", "set it to cpu or none")
+    for part in ("offload_param", "offload_optimizer"):
+        if (device := offload_device(config, part)) not in ("none", "cpu"):
+            raise UserError(f"{path}: {part}.device", f"is {device}, which is not supported", "set it to cpu or none")
     if zero.get("zero_hpz_partition_size", 1) != 1:
         raise UserError(f"{path}: zero_hpz_partition_size", "is not 1; weights are read into the first partition only", "remove it")
     return config
 
 
 def offload_device(situation: dict, part: str) -> str:
-    """Where `offload_param` or `offload_optimizer` puts things: cpu, nvme, or none."""
+    """Where `offload_param` or `offload_optimizer` puts things: cpu or none."""
     return (situation["zero_optimization"].get(part) or {}).get("device") or "none"
 
 

@@ -164,3 +164,13 @@ def export_untrained(recipe: Recipe, target: Path) -> None:
             except OSError:  # another file system, or one without links
                 shutil.copyfile(path, folder / path.name)
         write_companions(folder, recipe, config, rope, dtype=None, step=None)
+
+
+def ensure_untrained(recipe: Recipe, target: Path) -> None:
+    """`export_untrained` unless `target` holds it already. Raises UserError where it was made under another rope."""
+    if not target.exists():
+        return export_untrained(recipe, target)
+    config = load_hf_config(recipe.model.path)
+    expected = extended_config(config, scaling_for(recipe, rope_of_config(config)), recipe.target_length)
+    if load_hf_config(target) != expected:
+        raise UserError(target, "was made under another recipe", "remove it, or choose another output folder")

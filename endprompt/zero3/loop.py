@@ -17,6 +17,11 @@ from endprompt.training.schedule import learning_rate
 from endprompt.training.world import World
 from endprompt.zero3.config import micro_steps_per_step
 
+NOT_FINITE = (
+    "lower training.learning_rate or look at the data of this step, then go on from a checkpoint before it "
+    "(checkpoints/latest names it)"
+)
+
 
 class Loop:
     """Runs optimizer steps on an initialised engine.
@@ -83,7 +88,7 @@ class Loop:
             raise UserError(
                 f"step {step + 1}",
                 "a gradient is infinite or NaN",
-                "lower training.learning_rate or look at the data of this step; the last checkpoint is untouched",
+                NOT_FINITE,
             )
         return mean, float(self.engine.get_global_grad_norm())
 
@@ -94,7 +99,7 @@ class Loop:
             raise UserError(
                 f"step {step + 1}",
                 f"the loss is {mean}",
-                "lower training.learning_rate or look at the data of this step; the last checkpoint is untouched",
+                NOT_FINITE,
             )
         return mean
 

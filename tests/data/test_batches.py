@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from endprompt.data import SampleDataset, write_indexed
-from endprompt.data.batches import micro_batch, step_weight
+from endprompt.data.batches import micro_batch
 from endprompt.errors import UserError
 from endprompt.recipe.schema import Source
 from tests.support.builders import PlainBuilder
@@ -46,17 +46,6 @@ def test_a_step_holds_the_same_samples_for_any_layout(dataset, layout):
             for rank in range(ranks):
                 rows += micro_batch(dataset, step, micro_step, rank, ranks, micro, together)["position_ids"][:, 0].tolist()
     assert rows == [1000 * k for k in range(24)]  # PlainBuilder writes the sample's number there
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_step_weights_add_up(dataset, layout):
-    ranks, micro, together = layout
-    expected = sum(float(dataset[12 * 2 + j].loss_weights.sum(dtype=np.float64)) for j in range(12))
-    weights = [step_weight(dataset, 2, rank, *layout) for rank in range(ranks)]
-    assert sum(weights) == expected  # multiples of 1/8: exact
-    for rank, weight in enumerate(weights):
-        batches = [micro_batch(dataset, 2, m, rank, *layout) for m in range(together // (ranks * micro))]
-        assert weight == sum(batch["loss_weights"].double().sum().item() for batch in batches)
 
 
 def test_batches_may_be_changed_in_place(dataset):

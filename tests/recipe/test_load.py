@@ -203,6 +203,8 @@ def test_a_budget_below_one_step():
     [
         ("name", "other"),
         ("model.path", "elsewhere"),
+        ("data.train.0.path", "elsewhere"),
+        ("data.validation", "[]"),
         ("output.directory", "elsewhere"),
         ("output.save_interval", 7),
         ("wandb.mode", "offline"),

@@ -12,11 +12,6 @@ import torch
 def main() -> None:
     from endprompt.recipe import load_recipe
     from endprompt.zero3.backend import init_distributed
-    from endprompt.zero3.engine import build_engine
-    from endprompt.zero3.export import export
-    from endprompt.zero3.load import load_model
-    from endprompt.zero3.loop import Loop
-    from endprompt.zero3.prepare import prepare
 
     torch.set_num_threads(1)
     recipe = load_recipe(sys.argv[1])
@@ -26,6 +21,12 @@ def main() -> None:
 
 
 def work(recipe, world) -> None:
+    from endprompt.zero3.engine import build_engine
+    from endprompt.zero3.export import export
+    from endprompt.zero3.load import load_model
+    from endprompt.zero3.loop import Loop
+    from endprompt.zero3.prepare import prepare
+
     prepared = prepare(recipe, world.size)
     engine = build_engine(recipe, load_model(recipe, prepared.config, prepared.rope, world), world.size, load_universal=False)
     loop = Loop(

@@ -32,13 +32,8 @@ class Peak(threading.Thread):
 
 
 def main() -> None:
-    from endprompt.models.hf_config import load_hf_config, rope_of_config
     from endprompt.recipe import load_recipe
-    from endprompt.rope import scaling_for
     from endprompt.zero3.backend import init_distributed
-    from endprompt.zero3.load import load_model
-    from endprompt.zero3.model import hf_name
-    from endprompt.zero3.weights import WeightFiles
 
     torch.set_num_threads(1)
     recipe = load_recipe(sys.argv[1])
@@ -50,6 +45,12 @@ def main() -> None:
 def work(recipe, world) -> None:
     import deepspeed
     from transformers import AutoModelForCausalLM  # noqa: F401  (imported before the measurement begins)
+
+    from endprompt.models.hf_config import load_hf_config, rope_of_config
+    from endprompt.rope import scaling_for
+    from endprompt.zero3.load import load_model
+    from endprompt.zero3.model import hf_name
+    from endprompt.zero3.weights import WeightFiles
 
     config = load_hf_config(recipe.model.path)
     rope = scaling_for(recipe, rope_of_config(config))
