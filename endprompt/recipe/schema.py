@@ -192,6 +192,29 @@ class DeepSpeed(Section):
     config: str = Field("deepspeed_configs/zero3.json", description="ZeRO settings; nothing that a recipe also says")
 
 
+class Megatron(Section):
+    """Parallel layout and kernels of the Megatron-Core engine; nothing of it changes what is trained.
+
+    Ranks = tensor_parallel x pipeline_parallel x context_parallel x data parallel, which is what is left of them.
+    """
+
+    tensor_parallel: PositiveInt = Field(1, description="TP: cuts heads, feed-forward width and vocabulary; within a node")
+    pipeline_parallel: PositiveInt = Field(1, description="PP: stages of layers")
+    virtual_pipeline: PositiveInt = Field(1, description="VPP: chunks of layers a stage holds, interleaved; needs pipeline_parallel > 1")
+    context_parallel: PositiveInt = Field(1, description="CP: cuts every sequence into 2 x CP chunks, dealt out zig-zag")
+    sequence_parallel: bool = Field(True, description="SP: norms and dropout on a share of the tokens; counts where tensor_parallel > 1")
+    recompute: Literal["full", "selective"] = Field(
+        "full", description="what training.activation_checkpointing recomputes: whole layers, or the attention core only"
+    )
+    distributed_optimizer: bool = Field(True, description="optimizer states cut over data-parallel ranks (ZeRO-1)")
+    overlap: bool = Field(True, description="reduce gradients and gather parameters while computing (with distributed_optimizer)")
+    transformer: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto", description="layer kernels; auto: Transformer Engine where it is installed and a GPU is there, else local"
+    )
+    rope_fusion: bool = Field(False, description="Transformer Engine's fused rotary kernel; one table for all samples only")
+    async_save: bool = Field(False, description="write checkpoints in the background while training goes on")
+
+
 class Wandb(Section):
     mode: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "endprompt"
@@ -220,6 +243,7 @@ class Recipe(Section):
     data: Data
     training: Training
     deepspeed: DeepSpeed = DeepSpeed()
+    megatron: Megatron = Megatron()
     wandb: Wandb = Wandb()
     output: Output
 
@@ -255,10 +279,10 @@ class Recipe(Section):
 def deciding_facts(dump: dict) -> dict[str, object]:
     """The fields of a dumped recipe that decide a run's numbers, flat: {"training.learning_rate": 2e-5, ...}.
 
-    Left out: where things lie and how often they are reported, validation, and the micro-batch (it changes only
-    rounding). The data's content is held separately (`SampleDataset.fingerprint`).
+    Left out: where things lie and how often they are reported, validation, the engine's layout and the micro-batch
+    (they change only rounding). The data's content is held separately (`SampleDataset.fingerprint`).
     """
-    decides = {key: value for key, value in dump.items() if key not in ("name", "wandb", "output", "deepspeed", "data")}
+    decides = {key: value for key, value in dump.items() if key not in ("name", "wandb", "output", "deepspeed", "megatron", "data")}
     decides["data"] = {"train_weights": [source["weight"] for source in dump["data"]["train"]]}
     flat = dict(_flatten(decides))
     for field in ("model.path", "training.micro_batch_size", "training.activation_checkpointing"):

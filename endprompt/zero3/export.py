@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from endprompt.atomic import atomic_directory
+from endprompt.checkpoint.weights import INDEX, SINGLE
 from endprompt.errors import UserError
 from endprompt.models.hf_config import extended_config, load_hf_config, rope_of_config
 from endprompt.recipe import Recipe
@@ -25,7 +26,6 @@ from endprompt.rope import RopeScaling, scaling_for
 from endprompt.training.world import World
 from endprompt.zero3.model import hf_name
 from endprompt.zero3.model_card import model_card
-from endprompt.zero3.weights import INDEX, SINGLE
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32"}

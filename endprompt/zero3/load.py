@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from endprompt.checkpoint.weights import WeightFiles
 from endprompt.errors import UserError
 from endprompt.models.hf_config import extended_config
 from endprompt.recipe import Recipe
@@ -20,7 +21,6 @@ from endprompt.zero3.attention import choose_attention
 from endprompt.zero3.config import deepspeed_config
 from endprompt.zero3.host_memory import tensors_returned_to_the_system
 from endprompt.zero3.model import CausalLMForWeightedLoss
-from endprompt.zero3.weights import WeightFiles
 
 
 def check_weights(directory: str, config: dict[str, Any]) -> None:

@@ -46,11 +46,11 @@ def work(recipe, world) -> None:
     import deepspeed
     from transformers import AutoModelForCausalLM  # noqa: F401  (imported before the measurement begins)
 
+    from endprompt.checkpoint.weights import WeightFiles
     from endprompt.models.hf_config import load_hf_config, rope_of_config
     from endprompt.rope import scaling_for
     from endprompt.zero3.load import load_model
     from endprompt.zero3.model import hf_name
-    from endprompt.zero3.weights import WeightFiles
 
     config = load_hf_config(recipe.model.path)
     rope = scaling_for(recipe, rope_of_config(config))

@@ -97,3 +97,11 @@ class WeightFiles:
         ):  # the sum is cheap and nearly always decides
             raise UserError(self._files[name], f"{name} holds NaN or infinity", "use an undamaged checkpoint")
         return flat
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the tensor (numbers, for a vector), in the stored dtype; finite, or UserError."""
+        width = 1
+        shape = self._handle(self._files[name]).get_slice(name).get_shape()
+        for size in shape[1:]:
+            width *= size
+        return self.read_flat(name, start * width, stop * width).reshape(stop - start, *shape[1:])

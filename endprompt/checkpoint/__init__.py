@@ -1,0 +1,1 @@
+"""Checkpoints on disk: Hugging Face safetensors, Megatron's parameters, and the literal table between them."""
