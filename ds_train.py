@@ -12,12 +12,12 @@ what), 75 saved and stopped on request (SIGUSR1, SIGTERM or a file STOP in the r
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from typing import TYPE_CHECKING
 
-from endprompt.errors import UserError, run_command
-from endprompt.recipe import Recipe, add_recipe_arguments, load_recipe
+from endprompt.errors import run_command
+from endprompt.recipe import Recipe, load_recipe
+from endprompt.training.command import parse_arguments, processes_wanted
 from endprompt.training.launch import become_single_process, launch, under_launcher
 from endprompt.training.run_folder import RunFolder
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    arguments = parse_arguments(__doc__)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         return dry_run(recipe, arguments.world_size or processes_wanted(arguments))
@@ -37,31 +37,6 @@ def main() -> int:
             return launch(processes)
         become_single_process()
     return train(recipe)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add_recipe_arguments(parser)
-    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="processes to start here (default: one per GPU, or one)")
-    parser.add_argument("--dry-run", action="store_true", help="check recipe, checkpoint headers, tokenizer, data and disk; train nothing")
-    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: number of ranks to plan for")
-    arguments = parser.parse_args()
-    for name in ("nproc_per_node", "world_size"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}", f"is {value}", "give at least 1")
-    if arguments.world_size and not arguments.dry_run:
-        raise UserError("--world-size", "goes with --dry-run", "start that many processes with --nproc-per-node or torchrun")
-    return arguments
-
-
-def processes_wanted(arguments: argparse.Namespace) -> int:
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if gpus and (arguments.nproc_per_node or 0) > gpus and not arguments.dry_run:
-        raise UserError("--nproc-per-node", f"is {arguments.nproc_per_node}, this machine shows {gpus} GPUs", f"give at most {gpus}")
-    return arguments.nproc_per_node or max(1, gpus)
 
 
 def dry_run(recipe: Recipe, world_size: int) -> int:
