@@ -18,12 +18,7 @@ OLDEST, BEYOND = (0, 16, 1), (0, 20)
 def check_version(found: str | None = None) -> tuple[int, ...]:
     """The installed megatron-core's version as numbers. Raises UserError outside of the supported range."""
     if found is None:
-        try:
-            import megatron.core
-
-            found = getattr(megatron.core, "__version__", None) or version("megatron-core")
-        except (ImportError, PackageNotFoundError):
-            raise UserError("megatron-core", "is not installed", "pip install -r requirements.txt") from None
+        found = _installed()
     numbers = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
     if numbers < OLDEST:
         raise UserError("megatron-core", f"{found} is older than {_dotted(OLDEST)}", f"install {_dotted(OLDEST)} to {_newest()}")
@@ -34,6 +29,18 @@ def check_version(found: str | None = None) -> tuple[int, ...]:
             f"install {_newest()}, or run tests/megatron_patches on it and raise BEYOND in megatron_patches/guards.py",
         )
     return numbers
+
+
+def _installed() -> str:
+    """From the package's metadata, which needs no import; from the module where it lies on the path without metadata."""
+    try:
+        return version("megatron-core")
+    except PackageNotFoundError:
+        pass
+    try:
+        return import_module("megatron.core").__version__
+    except ImportError:
+        raise UserError("megatron-core", "is not installed", "pip install -r requirements.txt") from None
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:
@@ -64,17 +71,23 @@ def check_patch(patch: Patch) -> tuple[Any, Callable]:
     owner = resolve(patch.owner)
     original = getattr(owner, patch.name, None)
     symbol = f"{patch.owner.replace(':', '.')}.{patch.name}"
-    if original is None:
-        raise _changed(symbol, "is gone")
-    found = tuple(inspect.signature(original).parameters)
-    if found[: len(patch.parameters)] != patch.parameters:
-        raise _changed(symbol, f"takes ({', '.join(found)}), expected ({', '.join(patch.parameters)}, ...)")
+    expect_signature(owner, patch.name, patch.parameters, symbol=symbol)
     if patch.calls:
         caller_owner, caller, name = patch.calls
         function = inspect.unwrap(getattr(resolve(caller_owner), caller))
         if name not in function.__code__.co_names:
             raise _changed(symbol, f"is no longer called by {caller_owner.replace(':', '.')}.{caller}")
     return owner, original
+
+
+def expect_signature(owner: Any, name: str, parameters: tuple[str, ...], *, symbol: str | None = None) -> None:
+    """Raises UserError unless `owner.name` is a function whose leading parameters are these."""
+    function, symbol = getattr(owner, name, None), symbol or f"{owner.__name__}.{name}"
+    if not callable(function):
+        raise _changed(symbol, "is gone")
+    found = tuple(inspect.signature(function).parameters)
+    if found[: len(parameters)] != parameters:
+        raise _changed(symbol, f"takes ({', '.join(found)}), expected ({', '.join(parameters)}, ...)")
 
 
 def resolve(path: str) -> Any:
