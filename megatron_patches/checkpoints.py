@@ -58,14 +58,15 @@ class Checkpoints:
     def load(self, path: Path) -> None:
         """Weights and optimizer states of a checkpoint, whatever layout wrote it. Collective. Raises UserError where it is damaged."""
         from megatron.core import dist_checkpointing
+        from torch.distributed.checkpoint.api import CheckpointException  # a BaseException: what any rank's reading raised
 
         def read():
             try:
                 return dist_checkpointing.load(self._sharded(is_loading=True), str(path))
-            except (dist_checkpointing.core.CheckpointingException, KeyError, EOFError, RuntimeError) as error:
-                detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            except (dist_checkpointing.core.CheckpointingException, CheckpointException, KeyError, EOFError, RuntimeError) as error:
+                lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
                 raise UserError(
-                    path, f"cannot be loaded ({detail[:200]})", "write the name of an earlier one into checkpoints/latest"
+                    path, f"cannot be loaded ({lines[-1].strip()[:200]})", "write the name of an earlier one into checkpoints/latest"
                 ) from None
 
         state = self.world.together(read)

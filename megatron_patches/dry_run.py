@@ -32,7 +32,7 @@ def _stage(recipe: Recipe, prepared: Prepared, stage: int) -> list[str]:
     rank = stage * (layout.world_size // layout.pipeline)  # Megatron's order of ranks is tp-cp-ep-dp-pp: stages lie furthest apart
     dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
     try:
-        init_parallel(layout)
+        init_parallel(layout, gloo_groups=False)
         with torch.device("meta"):
             chunks = build_model(recipe, prepared.architecture, layout, prepared.config)
         named = [pair for chunk in chunks for pair in global_names(chunk)]

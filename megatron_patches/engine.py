@@ -30,8 +30,11 @@ def init_distributed() -> World:
     return World.current()
 
 
-def init_parallel(layout: Layout) -> None:
-    """Megatron's process groups of the layout. Seeds matter to nothing (weights are read, dropout is 0) but must be set."""
+def init_parallel(layout: Layout, *, gloo_groups: bool = True) -> None:
+    """Megatron's process groups of the layout. Seeds matter to nothing (weights are read, dropout is 0) but must be set.
+
+    gloo_groups: groups on the host besides NCCL's, over which optimizer states go into checkpoints.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.initialize_model_parallel(
@@ -39,6 +42,7 @@ def init_parallel(layout: Layout) -> None:
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
+        create_gloo_process_groups=gloo_groups,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 

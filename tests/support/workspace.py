@@ -1,4 +1,4 @@
-"""A complete tiny run in a folder: checkpoint, corpora, recipe; and ds_train.py started on it as a user would."""
+"""A complete tiny run in a folder: checkpoint, corpora, recipe; and training started on it as a user would."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from tests.support.tiny import make_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
+DEEPSPEED = [sys.executable, str(ROOT / "ds_train.py")]
+MEGATRON = [sys.executable, "-W", "ignore", "-m", "megatron_patches.train"]
+
 
 class Workspace:
-    """path: its folder. Recipe fields are changed with dotted overrides, as `--set` does."""
+    """path: its folder. Recipe fields are changed with dotted overrides, as `--set` does. model: LlamaConfig fields.
 
-    def __init__(self, path: Path):
-        self.path = path
+    entry: the command that trains, ds_train.py unless it is set to another (`MEGATRON`).
+    """
+
+    def __init__(self, path: Path, **model):
+        self.path, self.entry = path, DEEPSPEED
         self.model = path / "model"
-        make_tiny_checkpoint(self.model, max_position_embeddings=128)
+        make_tiny_checkpoint(self.model, max_position_embeddings=128, **model)
         vocabulary = json.loads((self.model / "config.json").read_text())["vocab_size"]
         random = np.random.default_rng(7)
         for name, documents in (("train", 40), ("validation", 8)):
@@ -44,16 +50,7 @@ class Workspace:
 
     def command(self, *arguments: str, ranks: int = 2, **overrides) -> list[str]:
         sets = [word for field, value in overrides.items() for word in ("--set", f"{field}={value}")]
-        return [
-            sys.executable,
-            str(ROOT / "ds_train.py"),
-            "--recipe",
-            str(self.recipe_file),
-            "--nproc-per-node",
-            str(ranks),
-            *sets,
-            *arguments,
-        ]
+        return [*self.entry, "--recipe", str(self.recipe_file), "--nproc-per-node", str(ranks), *sets, *arguments]
 
     def start(self, *arguments: str, ranks: int = 2, **overrides) -> subprocess.Popen:
         """ds_train.py in a process group of its own, so that a test can kill launcher and ranks at one stroke."""

@@ -18,6 +18,7 @@ from endprompt.data.indexed import open_indexed, write_indexed
 from endprompt.data.samples import SampleDataset
 from endprompt.data.tokenizers import load_tokenizer
 from endprompt.positions import SampleBuilder, tokenize_prompts
+from tests.support.runs import kill, logged_steps, wait_for
 from tests.support.workspace import Workspace, losses, read_log
 
 STEPS = 20
@@ -116,23 +117,6 @@ def test_a_finished_run_ends_at_once(workspace, unbroken):
     before = (unbroken / "export" / "model.safetensors").stat().st_mtime_ns
     assert "finished already" in workspace.train(**{"output.directory": unbroken}).stdout
     assert (unbroken / "export" / "model.safetensors").stat().st_mtime_ns == before
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
-
-
-def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
-def logged_steps(run) -> int:
-    return len(losses(run)) if (run / "log.jsonl").exists() else 0
 
 
 def test_resume_after_kill_is_bit_equal(workspace, unbroken):
