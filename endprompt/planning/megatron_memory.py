@@ -26,7 +26,10 @@ def megatron_memory(
     distributed_optimizer: bool = True,
     precision: str = "bf16",
 ) -> Memory:
-    """Predicted peak of the fullest rank: a stage at either end of the pipeline. recompute: none, selective or full."""
+    """Predicted peak of the fullest rank: a stage at either end of the pipeline. recompute: none, selective or full.
+
+    The update adds nothing: gradients are fp32 already, and the optimizer reads its shard of them in place.
+    """
     phases: dict[str, dict[str, float]] = {}
     ends = [("the only stage", True, True)] if layout.pipeline == 1 else [("first stage", True, False), ("last stage", False, True)]
     for name, embeds, has_head in ends:
@@ -40,8 +43,6 @@ def megatron_memory(
         if has_head:
             loss = loss_bytes(architecture, length, micro_batch, layout)
             phases[f"{name}, loss"] = {**shared, "activations": in_flight * kept, "loss": loss}
-        # AdamW through the distributed optimizer: gradients of the shard are gathered into fp32 beside the buffer they came from.
-        phases[f"{name}, step"] = {**shared, "optimizer step": 4 * parameters / _shards(layout, distributed_optimizer)}
     return Memory(phases)
 
 

@@ -45,7 +45,7 @@ def zero3_memory(
     # Weights stay gathered while they are to be used again within max_live numbers; the module at hand comes on top.
     gathered = w * min(parameters, setting("stage3_max_live_parameters") + largest)
     group = 4 * min(setting("sub_group_size"), parameters / cluster.gpus)
-    fixed = {**states, "buffers": bucket + (group if states["optimizer"] else 0.0), "runtime": cluster.runtime_gb * GB}
+    fixed = {**states, "buffers": bucket, "runtime": cluster.runtime_gb * GB}
 
     kept = (a.layers + 1) * tokens * a.hidden_size * w if checkpointing else a.layers * tokens * saved_bytes(a, w, with_input=True)
     # Gradients of one layer's MLP on their way back: of the product, of both its factors, less the product; and of the residual.
@@ -64,7 +64,7 @@ def zero3_memory(
             "loss": pending,
         },
         "reduce": {**fixed, "gathered parameters": w * min(parameters, largest), "collectives": w * filled * (1 + copies)},
-        "step": {**fixed, "collectives": group},
+        "step": {**fixed, "optimizer step": group if states["optimizer"] else 0.0},  # one group's gradients, flat
     }
     return Memory(phases, host)
 
@@ -72,10 +72,11 @@ def zero3_memory(
 def zero3_states(share: float, situation: dict, precision: str) -> tuple[dict[str, float], float]:
     """Bytes of weights, gradients and optimizer on the GPU for `share` parameters, and bytes on the host.
 
-    18 B a parameter in bf16 (weight 2, accumulated fp32 gradient 4, master weight and moments 12), 16 in fp32, where the
-    weight is its own master. Offloaded, DeepSpeed keeps the gradient twice: 20 B, and 22 B with the weights.
+    18 B a parameter in bf16 (weight 2, accumulated fp32 gradient 4, master weight and moments 12) and 20 in fp32: DeepSpeed
+    0.19 means to share weight and master there, but compares a device with its name, so it copies (found by listing the
+    tensors of a run). Offloaded, it keeps the gradient twice: 20 B, and 22 B with the weights.
     """
-    weight, master = (2, 4) if precision == "bf16" else (4, 0)
+    weight, master = 2 if precision == "bf16" else 4, 4
     parameters_out = offload_device(situation, "offload_param") != "none"
     optimizer_out = parameters_out or offload_device(situation, "offload_optimizer") != "none"
     states = {
@@ -105,7 +106,7 @@ def loss_bytes(architecture: Architecture, tokens: int, w: int) -> float:
     the states, a chunk of logits in fp32 and in w bytes, and what the norm keeps."""
     head = architecture.embedding_parameters * (6 if w == 2 else 4)
     chunk = min(CHUNK_BYTES, 4 * tokens * architecture.vocab_size)
-    norm = tokens * architecture.hidden_size * (8 if w == 2 else 8)
+    norm = 8 * tokens * architecture.hidden_size  # 4 + 2 + 2 in bf16, 4 + 4 in fp32, where its input is the residual
     return head + tokens * architecture.hidden_size * w + chunk * (1 + w / 4) + norm
 
 

@@ -33,8 +33,33 @@ def main() -> None:
         Path(f"{sys.argv[2]}.{os.environ['RANK']}.json").write_text(json.dumps({"peak_gb": max(phases.values()), "by": phases}))
 
 
+class Growth:
+    """Growth of this process's anonymous memory since it was made, in 10^9 bytes: the peak within each phase that is run."""
+
+    def __init__(self):
+        gc.collect()
+        self._before, self.phases = anonymous_mb(), {}
+
+    def phase(self, name: str, action):
+        peak = Peak()
+        result = action()
+        peak.done = True
+        peak.join()
+        self.phases[name] = (peak.mb - self._before) * 2**20 / 1e9
+        return result
+
+
+def return_freed_blocks() -> None:
+    """Give freed blocks above 256 KiB back at once.
+
+    glibc keeps what it freed (blocks below 32 MiB) for the next step: measured up to half of the peak, which is the
+    allocator's habit and no need of the training.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
+
+
 def measure(recipe, world) -> dict[str, float]:
-    """Growth of this rank's anonymous memory over what it held before the weights were read: the peak of each phase, in GB."""
+    """The growth over what a rank of ds_train.py holds before the weights are read."""
     from transformers import AutoModelForCausalLM  # noqa: F401  (imported before the measurement begins)
 
     from endprompt.zero3.engine import build_engine
@@ -44,27 +69,13 @@ def measure(recipe, world) -> dict[str, float]:
 
     prepared = prepare(recipe, world.size)
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))  # the math library's own buffers
-    gc.collect()
-    before, phases = anonymous_mb(), {}
-
-    def phase(name: str, action):
-        peak = Peak()
-        result = action()
-        peak.done = True
-        peak.join()
-        phases[name] = (peak.mb - before) * 2**20 / 1e9
-        return result
-
-    model = phase("load", lambda: load_model(recipe, prepared.config, prepared.rope, world))
-    # Freed blocks above 256 KiB go back at once. Otherwise glibc keeps what it freed (blocks below 32 MiB) for the next step:
-    # measured up to half of the peak, which is the allocator's habit and no need of the training.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
-    engine = phase("engine", lambda: build_engine(recipe, model, world.size, load_universal=False))
-    loop = Loop(
-        recipe, world, engine, prepared.train_data, None, save=lambda step: None, stop_reason=lambda: None, monitor=None
-    )  # fmt: skip
-    phase("train", lambda: loop.run(0))
-    return phases
+    growth = Growth()
+    model = growth.phase("load", lambda: load_model(recipe, prepared.config, prepared.rope, world))
+    return_freed_blocks()  # after loading, which sets the threshold itself
+    engine = growth.phase("engine", lambda: build_engine(recipe, model, world.size, load_universal=False))
+    loop = Loop(recipe, world, engine, prepared.train_data, None, save=lambda step: None, stop_reason=lambda: None, monitor=None)
+    growth.phase("train", lambda: loop.run(0))
+    return growth.phases
 
 
 if __name__ == "__main__":
