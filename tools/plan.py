@@ -24,6 +24,7 @@ from endprompt.errors import UserError, run_command
 from endprompt.planning import Cluster, make_plan
 from endprompt.planning.calibration import table
 from endprompt.planning.comparison import compare, compare_files, load_and_plan, markdown, recipe_pairs
+from endprompt.planning.plan import ENGINES
 from endprompt.planning.plot import save_plot
 from endprompt.planning.report import as_dict, text
 from endprompt.planning.search import search
@@ -66,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE", help="recipe in YAML; several with --table")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes (default: the fewest of 1, 2, 4, ... that the recipe fits on)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
-    parser.add_argument("--engine", choices=("deepspeed", "megatron"), default="deepspeed", help="default deepspeed")
+    parser.add_argument("--engine", choices=ENGINES, default="deepspeed", help="default deepspeed")
     parser.add_argument("--search", action="store_true", help="plan the fastest layout that fits, and list the next ones")
     parser.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="in any currency, for the cost of the run")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -8,7 +8,7 @@ from pathlib import Path
 from endprompt.errors import UserError
 from endprompt.models.architectures import training_flops_per_token
 from endprompt.planning.cluster import Cluster
-from endprompt.planning.plan import Engine, Plan, make_plan
+from endprompt.planning.plan import ENGINES, Engine, Plan, make_plan
 from endprompt.planning.search import fewest_nodes, full_length, search, with_nodes
 from endprompt.recipe import Recipe, load_recipe
 
@@ -41,11 +41,12 @@ class Comparison:
 
 
 def compare(plan: Plan) -> Comparison:
-    """Against the fastest full-length layout under Megatron: the ZeRO-3 engine cannot cut a sequence."""
+    """Against the fastest full-length layout of either engine. ZeRO-3 cuts no sequence: one sample a GPU must fit, and be there."""
     if plan.recipe.positions.physical_length == plan.recipe.target_length:
         return Comparison(plan, plan)
-    found = search(full_length(plan.recipe), "megatron", plan.cluster, micro_batches=(1,), best=1)
-    return Comparison(plan, found[0].plan if found else None)
+    whole = full_length(plan.recipe)
+    found = [proposal.plan for engine in ENGINES for proposal in search(whole, engine, plan.cluster, micro_batches=(1,), best=1)]
+    return Comparison(plan, min(found, key=lambda full: full.step_seconds, default=None))
 
 
 def compare_files(path: Path, overrides: list[str], engine: Engine, cluster: Cluster, nodes: int | None) -> Comparison:

@@ -20,6 +20,7 @@ from endprompt.training.checkpoints import checkpoint_bytes
 from endprompt.zero3.config import micro_steps_per_step, offload_device, read_situation
 
 Engine = Literal["deepspeed", "megatron"]
+ENGINES: tuple[Engine, ...] = ("deepspeed", "megatron")
 
 
 @dataclass(frozen=True)
