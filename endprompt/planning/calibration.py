@@ -1,0 +1,114 @@
+"""The efficiencies of a time prediction, fitted to the calibration rows, and its error on the rows that were held out.
+
+A step's seconds are linear in 1/gemm, 1/attention and the exposed share of communication (`speed.Seconds`), so the fit that
+makes the relative error least is a linear least-squares problem: no search, no starting point, the same numbers every time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from endprompt.planning.cluster import Cluster
+from endprompt.planning.published import CALIBRATION, HELD_OUT, Row, rows
+from endprompt.planning.speed import Efficiencies, Seconds, megatron_seconds, zero3_seconds
+
+_UNKNOWNS = {
+    "zero3": ("bf16", "triton", "communication"),
+    "megatron": ("bf16", "fp8", "flash"),
+}
+"""What each family's calibration rows determine. ZeRO-3's used FlashAttention 1; ds_train.py's kernel is among Megatron's."""
+
+OURS = {"deepspeed": ("zero3", "bf16", "flash"), "megatron": ("megatron", "bf16", "flash")}
+"""Family, precision and attention kernel of this repository's engines."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A row and what the planner says for it. error: predicted over published throughput, minus 1."""
+
+    row: Row
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.row.tokens_per_second_per_gpu - 1
+
+
+@cache
+def fitted() -> dict[str, dict[str, float]]:
+    """By family: 1/efficiency of each precision and kernel, and the exposed share of communication."""
+    return {family: _fit(family) for family in _UNKNOWNS}
+
+
+def efficiencies(engine: str) -> Efficiencies:
+    """Of this repository's engine `deepspeed` or `megatron`."""
+    return _efficiencies(*OURS[engine])
+
+
+@cache
+def checked(split: str | None = None) -> tuple[Checked, ...]:
+    """Every row of a split (of the table when None) with its prediction."""
+    found = []
+    for row in rows():
+        if split in (None, row.split):
+            seconds = _seconds(row).total(_efficiencies(row.family, row.precision, row.attention))
+            found.append(Checked(row, row.global_batch * row.length / row.gpus / seconds))
+    return tuple(found)
+
+
+def errors(split: str, family: str) -> dict[str, float]:
+    """Rows, median and worst relative error, and the share of rows within 15 %, of one family and split."""
+    sizes = sorted(abs(check.error) for check in checked(split) if check.row.family == family)
+    within = sum(size <= 0.15 for size in sizes)
+    return {"rows": len(sizes), "median": float(np.median(sizes)), "worst": sizes[-1], "within_15_percent": within}
+
+
+def table() -> str:
+    """Every row: published against predicted tokens/s of a GPU, split and error; then a summary of each family and split."""
+    lines = [f"{'row':<42} {'split':<12} {'published':>10} {'predicted':>10} {'error':>7}"]
+    for check in checked():
+        row = check.row
+        lines.append(f"{row.id:<42} {row.split:<12} {row.tokens_per_second_per_gpu:>10,.0f} {check.predicted:>10,.0f} {check.error:>+7.1%}")
+    lines.append("")
+    for family in _UNKNOWNS:
+        for split in (CALIBRATION, HELD_OUT):
+            found = errors(split, family)
+            lines.append(
+                f"{family:<9} {split:<12} {found['within_15_percent']} of {found['rows']} rows within 15 %, "
+                f"median {found['median']:.1%}, worst {found['worst']:.1%}"
+            )
+        values = fitted()[family]
+        shown = [f"{name} {value if name == 'communication' else 1 / value:.3f}" for name, value in values.items()]
+        lines.append(f"{family:<9} fitted       {', '.join(shown)}")
+    return "\n".join(lines)
+
+
+def _efficiencies(family: str, precision: str, attention: str) -> Efficiencies:
+    values = {**fitted()["megatron"], **fitted()[family]}  # what a family's own rows leave open comes from Megatron's
+    return Efficiencies(1 / values[precision], 1 / values[attention], values.get("communication", 1.0))
+
+
+def _fit(family: str) -> dict[str, float]:
+    unknowns, lines, targets = _UNKNOWNS[family], [], []
+    for row in rows():
+        if row.family == family and row.split == CALIBRATION:
+            seconds, published = _seconds(row), row.global_batch * row.length / (row.gpus * row.tokens_per_second_per_gpu)
+            coefficients = {row.precision: seconds.gemm, row.attention: seconds.attention, "communication": seconds.communication}
+            lines.append([coefficients.get(name, 0.0) / published for name in unknowns])
+            targets.append(1 - seconds.fixed / published)
+    solution, *_ = np.linalg.lstsq(np.array(lines), np.array(targets), rcond=None)
+    return dict(zip(unknowns, solution.tolist(), strict=True))
+
+
+def _seconds(row: Row) -> Seconds:
+    per_node = min(8, row.gpus)
+    cluster = Cluster(row.gpus // per_node, per_node)
+    arguments = (row.architecture, row.length, row.micro_batch, row.micro_steps, row.recompute, cluster)
+    if row.family == "zero3":
+        return zero3_seconds(*arguments, context=row.context)
+    data = row.gpus // (row.tensor * row.pipeline * row.context)
+    layout = {"tensor": row.tensor, "pipeline": row.pipeline, "virtual": row.virtual, "context": row.context, "data": data}
+    return megatron_seconds(*arguments, **layout, tensor_overlap=True)  # NeMo's recipes overlap tensor-parallel messages
