@@ -25,10 +25,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_common_arguments(parser, "Hugging Face folder: config.json and safetensors")
     parser.add_argument("--vocab-multiple", type=int, default=1, metavar="N", help="pad the vocabulary with zeros to a multiple of N")
+    parser.add_argument("--megatron-lm", action="store_true", help="lay it out for --load of Megatron-LM's own training script")
     arguments = parser.parse_args()
-    convert(
-        arguments, lambda: plan_to_megatron(arguments.input, arguments.output, vocabulary_multiple=arguments.vocab_multiple)
-    )
+    options = {"vocabulary_multiple": arguments.vocab_multiple, "megatron_lm": arguments.megatron_lm}
+    convert(arguments, lambda: plan_to_megatron(arguments.input, arguments.output, **options))
 
 
 if __name__ == "__main__":

@@ -83,12 +83,14 @@ class Files:
 @dataclass(frozen=True)
 class Conversion:
     """target: the folder to make. identity: what must be the same for a resume. tasks: in the order of the output.
-    finish: called with the partial folder and {task key: facts} when every tensor is there, to write the small files."""
+    finish: called with the partial folder and {task key: facts} when every tensor is there, to write the small files.
+    subfolder: of the target, where the files of the tasks lie; empty for the target itself."""
 
     target: Path
     identity: dict[str, Any]
     tasks: list[Task]
     finish: Callable[[Path, dict[str, dict]], None]
+    subfolder: str = ""
 
     @property
     def size(self) -> int:
@@ -135,18 +137,16 @@ def run(conversion: Conversion, *, workers: int, resume: bool, quiet: bool = Fal
             if not done:
                 shutil.rmtree(partial, ignore_errors=True)
             _check_disk(conversion, partial, target)
-            partial.mkdir(exist_ok=True)
+            (partial / conversion.subfolder).mkdir(parents=True, exist_ok=True)
             if not done:
                 _begin_journal(journal, identity)
-            _run_tasks(conversion, partial, journal, done, workers, quiet)
+            _run_tasks(conversion, partial / conversion.subfolder, journal, done, workers, quiet)
             conversion.finish(partial, done)
         except UserError:
             _discard(partial, journal_path, keep=bool(done))
             raise
-        for path in partial.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        sync_directory(partial)
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
         if target.is_dir():
             target.rmdir()
         os.rename(partial, target)
@@ -154,7 +154,7 @@ def run(conversion: Conversion, *, workers: int, resume: bool, quiet: bool = Fal
         journal_path.unlink()
 
 
-def _run_tasks(conversion: Conversion, partial: Path, journal, done: dict[str, dict], workers: int, quiet: bool) -> None:
+def _run_tasks(conversion: Conversion, folder: Path, journal, done: dict[str, dict], workers: int, quiet: bool) -> None:
     bar = tqdm(
         total=conversion.size, initial=sum(task.size for task in conversion.tasks if task.key in done), unit="B", unit_scale=True,
         desc=conversion.target.name, disable=True if quiet else None,
@@ -165,7 +165,7 @@ def _run_tasks(conversion: Conversion, partial: Path, journal, done: dict[str, d
         with lock:
             bar.update(count)
 
-    files = Files(partial, progress)
+    files = Files(folder, progress)
     written: dict[str, dict] = {}  # not yet durable
 
     def make_durable() -> None:

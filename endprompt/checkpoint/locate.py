@@ -8,6 +8,9 @@ from pathlib import Path
 
 from endprompt.errors import UserError
 
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron-LM's pointer to the newest checkpoint: an iteration, or `release`."""
+
 _NUMBERED = re.compile(r"(?:iter|step)_(\d+)")
 
 
@@ -53,7 +56,7 @@ def _steps(path: Path) -> dict[int, Path]:
 
 def _newest(path: Path, steps: dict[int, Path]) -> Path | None:
     """What the tracker of Megatron-LM or of a run names, else the highest number."""
-    for tracker in (path / "latest_checkpointed_iteration.txt", path / "latest", path / "checkpoints/latest"):
+    for tracker in (path / TRACKER, path / "latest", path / "checkpoints/latest"):
         if not tracker.is_file():
             continue
         name = tracker.read_text(errors="replace").strip()

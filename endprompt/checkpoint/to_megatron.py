@@ -12,6 +12,7 @@ from typing import Any
 from endprompt.checkpoint.companions import copy_tokenizer
 from endprompt.checkpoint.conversion import Conversion, Files, Task
 from endprompt.checkpoint.layout_record import record_layout
+from endprompt.checkpoint.locate import TRACKER
 from endprompt.checkpoint.mapping import huggingface_names, row_of, source_runs
 from endprompt.checkpoint.megatron_metadata import write_model_facts
 from endprompt.checkpoint.provenance import record_conversion, source_identity
@@ -28,11 +29,17 @@ COMPANIONS = "huggingface"
 """Folder in the checkpoint that keeps config.json, tokenizer and generation config, so that it can go back on its own."""
 
 
-def plan_to_megatron(source: Path, target: Path, *, vocabulary_multiple: int = 1) -> Conversion:
+_MEGATRON_LM = {"checkpoint_version": 3.0, "iteration": 0}
+"""What Megatron-LM wants in common.pt: below version 2 it would reorder the rows of linear_qkv once more."""
+
+
+def plan_to_megatron(source: Path, target: Path, *, vocabulary_multiple: int = 1, megatron_lm: bool = False) -> Conversion:
     """Check `source` and lay out `target`; nothing is written yet.
 
     vocabulary_multiple: the vocabulary is padded with zero rows to a multiple of this (Megatron pads by itself on loading,
-    so 1 serves). Raises UserError for a source that is not a complete, unquantised LLaMA or Mistral checkpoint.
+    so 1 serves). megatron_lm: the checkpoint goes into target/release, with the tracker that Megatron-LM's --load looks for;
+    else `target` is what dist_checkpointing.load reads into a GPTModel. Raises UserError for a source that is not a complete,
+    unquantised LLaMA or Mistral checkpoint.
     """
     if vocabulary_multiple < 1:
         raise UserError(f"--vocab-multiple {vocabulary_multiple}", "is below 1", "give a positive number or leave it out")
@@ -53,9 +60,10 @@ def plan_to_megatron(source: Path, target: Path, *, vocabulary_multiple: int = 1
         by_name.setdefault(blob.name, []).append(blob)
     tasks = [Task(name, info.bytes, _writer(view, architecture, name, by_name[name])) for name, info in view.tensors.items()]
 
-    def finish(folder: Path, done: dict[str, dict]) -> None:
+    def finish(top: Path, done: dict[str, dict]) -> None:
+        folder = top / "release" if megatron_lm else top
         digests = {name: digest for facts in done.values() for name, digest in facts["sha256"].items()}
-        write_description(folder, view.tensors, blobs, architecture.layers)
+        write_description(folder, view.tensors, blobs, architecture.layers, _MEGATRON_LM if megatron_lm else {})
         rows = architecture.vocab_size + padding
         write_model_facts(folder, None, architecture, config, architecture.rope, source=source, padded_vocab_size=rows)
         record_layout(folder, reader)
@@ -64,9 +72,12 @@ def plan_to_megatron(source: Path, target: Path, *, vocabulary_multiple: int = 1
         (folder / COMPANIONS).mkdir(exist_ok=True)
         shutil.copyfile(source / "config.json", folder / COMPANIONS / "config.json")
         copy_tokenizer(source, folder / COMPANIONS, None)
+        if megatron_lm:
+            (top / TRACKER).write_text("release\n")
 
-    identity = {"to": "megatron", "source": source_identity(source, sorted(reader.files)), "vocabulary_multiple": vocabulary_multiple}
-    return Conversion(target, identity, tasks, finish)
+    files = source_identity(source, ["config.json", *sorted(reader.files)])
+    identity = {"to": "megatron", "source": files, "vocabulary_multiple": vocabulary_multiple, "megatron_lm": megatron_lm}
+    return Conversion(target, identity, tasks, finish, subfolder="release" if megatron_lm else "")
 
 
 def _writer(view: MegatronView, architecture: Architecture, name: str, blobs: list[Blob]) -> Callable[[Files], dict[str, Any]]:

@@ -142,10 +142,13 @@ def _disk_shape(name: str, info: TensorInfo, rows: int) -> tuple[int, ...]:
     return (*leading, rows, *info.shape[1:])
 
 
-def write_description(folder: Path, tensors: dict[str, TensorInfo], blobs: list[Blob], layers: int) -> None:
+def write_description(
+    folder: Path, tensors: dict[str, TensorInfo], blobs: list[Blob], layers: int, common: dict[str, Any]
+) -> None:
     """Write .metadata, common.pt, metadata.json and the `_extra_state` objects: everything but the numbers.
 
     Layers are stacked on a leading axis (Megatron's default). An `_extra_state` says None, as an unquantised model's does.
+    common: contents of common.pt, plain values; dist_checkpointing.load adds them to what it returns.
     """
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
@@ -183,6 +186,6 @@ def write_description(folder: Path, tensors: dict[str, TensorInfo], blobs: list[
 
     with open(folder / ".metadata", "wb") as file:
         pickle.dump(Metadata(entries, None, storage, StorageMeta(), "1.0.0"), file)
-    torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
+    torch.save(common, folder / "common.pt")
     formats = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(formats))
