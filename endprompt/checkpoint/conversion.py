@@ -130,10 +130,8 @@ def run(conversion: Conversion, *, workers: int, resume: bool, quiet: bool = Fal
     identity = hashlib.sha256(json.dumps(conversion.identity, sort_keys=True).encode()).hexdigest()
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(journal_path) as journal:
-        done: dict[str, dict] = {}
+        done = _read_journal(journal, identity, journal_path) if resume and partial.is_dir() else {}
         try:
-            if resume and partial.is_dir():
-                done = _read_journal(journal, identity, journal_path)
             if not done:
                 shutil.rmtree(partial, ignore_errors=True)
             _check_disk(conversion, partial, target)
@@ -141,6 +139,8 @@ def run(conversion: Conversion, *, workers: int, resume: bool, quiet: bool = Fal
             if not done:
                 _begin_journal(journal, identity)
             _run_tasks(conversion, partial / conversion.subfolder, journal, done, workers, quiet)
+            for stray in partial.rglob(".*.tmp"):  # of a process that died in here before
+                stray.unlink()
             conversion.finish(partial, done)
         except UserError:
             _discard(partial, journal_path, keep=bool(done))
