@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from endprompt.checkpoint import conversion, to_huggingface, to_megatron
+from tests.support.sparse import drop_numbers
 
 PLANS = {"to megatron": to_megatron.plan_to_megatron, "to huggingface": to_huggingface.plan_to_huggingface}
 
@@ -20,14 +21,19 @@ def convert(direction: str, source: Path, target: Path, *, resume: bool = False,
         conversion.run(PLANS[direction](source, target, **options), workers=workers, resume=resume, quiet=True)
 
 
+def _server():
+    """Processes that begin as copies of one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.checkpoint.filesystem", __name__])
+    return context
+
+
 def start(direction: str, source: Path, target: Path, *, kill_at: str | None = None, delay: float = 0.0, **named):
     """Start `convert` in a process that has torch loaded already, journaling every few kilobytes.
 
     kill_at: "before rename" or "after rename": the process kills itself there. delay: seconds that every write sleeps.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.checkpoint.filesystem", __name__])
-    process = context.Process(target=_convert, args=(direction, source, target, kill_at, delay, named))
+    process = _server().Process(target=_convert, args=(direction, source, target, kill_at, delay, named))
     process.start()
     return process
 
@@ -53,8 +59,8 @@ def _convert(direction: str, source: Path, target: Path, kill_at: str | None, de
 
 
 def peak_memory(direction: str, source: Path, target: Path, **options) -> int:
-    """Bytes of the largest resident set of a fresh process that imports everything and converts."""
-    context = multiprocessing.get_context("spawn")
+    """Bytes of the largest resident set of a process of its own, imports included, that converts. drop: see `drop_numbers`."""
+    context = _server()
     ours, theirs = context.Pipe()
     process = context.Process(target=_measure, args=(direction, source, target, options, theirs))
     process.start()
@@ -68,6 +74,8 @@ def peak_memory(direction: str, source: Path, target: Path, **options) -> int:
 
 
 def _measure(direction: str, source: Path, target: Path, options: dict, pipe) -> None:
+    if options.pop("drop", False):
+        drop_numbers()
     convert(direction, source, target, **options)
     pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
