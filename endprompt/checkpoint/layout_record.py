@@ -18,18 +18,19 @@ LAYOUT = "endprompt_layout.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """A file, its tensors in the order of its header, and the header's own metadata."""
+    """A file, its tensors in the order of their bytes, the header's own metadata, and its wording where one is to be kept."""
 
     file: str
     names: list[str]
     metadata: dict[str, str]
+    header: str | None = None
 
 
 def layout_of(reader: SafetensorsFolder) -> list[Shard]:
     def by_offset(file: str) -> list[str]:
         return sorted(reader.files[file].tensors, key=lambda name: reader.files[file].starts[name])
 
-    return [Shard(file, by_offset(file), header.metadata) for file, header in reader.files.items()]
+    return [Shard(file, by_offset(file), header.metadata, header.text) for file, header in reader.files.items()]
 
 
 def record_layout(folder: Path, reader: SafetensorsFolder) -> None:
@@ -47,6 +48,7 @@ def recorded_layout(folder: Path) -> list[Shard] | None:
             strings = [shard.file, *shard.names, *shard.metadata, *shard.metadata.values()]
             if not all(isinstance(text, str) for text in strings) or Path(shard.file).name != shard.file:
                 raise ValueError("not a list of files with their tensors")
+            json.loads(shard.header or "{}")
         return shards
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(path, f"cannot be read ({error})", "remove it; shards are then cut anew") from None
@@ -60,7 +62,7 @@ def fitting(shards: list[Shard] | None, tensors: dict[str, TensorInfo], also: st
     if not shards:
         return None
     allowed = tensors.keys() | ({also} if also else set())
-    kept = [Shard(shard.file, [name for name in shard.names if name in allowed], shard.metadata) for shard in shards]
+    kept = [Shard(shard.file, [name for name in shard.names if name in allowed], shard.metadata, shard.header) for shard in shards]
     names = [name for shard in kept for name in shard.names]
     if len(names) != len(set(names)) or not tensors.keys() <= set(names):
         return None

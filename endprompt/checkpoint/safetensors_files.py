@@ -48,11 +48,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """Of one file: tensors in the order of the header, where their bytes begin in the file, and the file's own metadata."""
+    """Of one file: tensors in the order of the header, where their bytes begin in the file, the file's own metadata, and the
+    header's JSON as it stands, blanks included."""
 
     tensors: dict[str, TensorInfo]
     starts: dict[str, int]
     metadata: dict[str, str]
+    text: str
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -73,6 +75,7 @@ def read_header(path: Path) -> Header:
             raise UserError(path, "is damaged or cut short (no whole header)", _AGAIN)
         text = file.read(length)
     try:
+        text = text.decode()
         entries = json.loads(text, object_pairs_hook=unique_keys)
         metadata = entries.pop("__metadata__", {})
         tensors = {name: TensorInfo(tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
@@ -89,13 +92,16 @@ def read_header(path: Path) -> Header:
         raise UserError(path, f"has a damaged header ({error})", _AGAIN) from None
     if 8 + length + end != size:
         raise UserError(path, f"is damaged or cut short ({size} bytes, its header says {8 + length + end})", _AGAIN)
-    return Header(tensors, {name: 8 + length + start for name, (start, _) in offsets.items()}, metadata)
+    return Header(tensors, {name: 8 + length + start for name, (start, _) in offsets.items()}, metadata, text)
 
 
-def make_header(tensors: dict[str, TensorInfo], metadata: dict[str, str] | None = None) -> tuple[bytes, dict[str, int]]:
+def make_header(
+    tensors: dict[str, TensorInfo], metadata: dict[str, str] | None = None, wording: str | None = None
+) -> tuple[bytes, dict[str, int]]:
     """(header bytes, start of each tensor in the file), tensors in the order given: what the safetensors library would write.
 
-    Compact JSON, metadata first, padded with blanks to a multiple of 8.
+    Compact JSON, metadata first, padded with blanks to a multiple of 8. wording: another JSON text, taken where it says the
+    same: writers differ in blanks and in the order of keys.
     """
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position, starts = 0, {}
@@ -105,6 +111,8 @@ def make_header(tensors: dict[str, TensorInfo], metadata: dict[str, str] | None 
         position += info.bytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    if wording is not None and json.loads(wording) == entries:
+        text = wording.encode()
     return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + start for name, start in starts.items()}
 
 

@@ -156,7 +156,7 @@ def _shards(tensors: dict[str, TensorInfo], model: Model, folder: Path, shard_gb
 def _tasks(view: TensorReader, shards: list[Shard]) -> list[Task]:
     tensors, tasks = _with_head(view.tensors), []
     for shard in shards:
-        header, starts = make_header({name: tensors[name] for name in shard.names}, shard.metadata)
+        header, starts = make_header({name: tensors[name] for name in shard.names}, shard.metadata, shard.header)
         tasks.append(Task(f"header of {shard.file}", 0, _header_writer(shard.file, header)))
         for name in shard.names:
             read_as = name if name in view.tensors else EMBEDDING

@@ -132,6 +132,17 @@ def test_headers_are_those_of_the_safetensors_library(tmp_path):
     assert (tmp_path / "x.safetensors").read_bytes().startswith(written) and starts == header.starts
 
 
+def test_headers_of_other_writers_keep_their_blanks_and_order(tmp_path):
+    source = make_family("llama3 (GQA)", tmp_path / "hf", max_shard_size="5GB")
+    content = (source / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = dict(reversed(json.loads(content[8 : 8 + length]).items()))
+    text = json.dumps(header, indent=1).encode() + b"\n   "
+    (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    back = there_and_back(tmp_path, source)
+    assert (source / "model.safetensors").read_bytes() == (back / "model.safetensors").read_bytes()
+
+
 def test_padded_vocabulary_is_zeros_and_comes_off(tmp_path):
     source = make_family("llama (fp16, odd sizes)", tmp_path / "hf")
     back = there_and_back(tmp_path, source, vocabulary_multiple=128)
