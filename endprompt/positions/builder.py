@@ -33,6 +33,14 @@ class SampleBuilder:
         drawable = prompts.prompts if self.scheme.appends_prompt else (None,)
         self._tasks = {_length(prompt): self._task(prompt) for prompt in drawable}  # all else of a task is the recipe's
 
+    @property
+    def one_layout(self) -> bool:
+        """True where every sample has the same position_ids, so that one rotary table serves a whole run."""
+        if not self.scheme.fixed:
+            return False
+        layouts = [self.scheme.place(task, Streams(self.seed, 0)).position_ids for task in self._tasks.values()]
+        return all(np.array_equal(layout, layouts[0]) for layout in layouts)
+
     def draw_prompt(self, index: int) -> Prompt | None:
         """The prompt of sample `index`, the same under every scheme; None under a scheme that appends none."""
         return self.prompts.draw(Streams(self.seed, index)["prompt"]) if self.scheme.appends_prompt else None

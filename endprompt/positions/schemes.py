@@ -56,6 +56,7 @@ class Scheme:
     appends_prompt: bool
     source_length: Callable[[Positions, int], int]  # (positions, target_length) -> tokens of text a sample is made from
     check: Callable[[Task], None]  # raises UserError for a task that the scheme cannot place
+    fixed: bool  # positions follow from the task alone, nothing is drawn
 
 
 SCHEMES: dict[str, Scheme] = {}
@@ -70,9 +71,11 @@ def _anything(task: Task) -> None:
     """No task is impossible."""
 
 
-def _register(name: str, *, appends_prompt: bool, source_length=_physical_length, check=_anything) -> Callable[[Place], Place]:
+def _register(
+    name: str, *, appends_prompt: bool, source_length=_physical_length, check=_anything, fixed: bool = False
+) -> Callable[[Place], Place]:
     def add(place: Place) -> Place:
-        SCHEMES[name] = Scheme(place, appends_prompt, source_length, check)
+        SCHEMES[name] = Scheme(place, appends_prompt, source_length, check, fixed)
         return place
 
     return add
@@ -89,7 +92,7 @@ def _displaced(task: Task, start: int) -> Placement:
     return Placement(position_ids)
 
 
-@_register("endprompt", appends_prompt=True)
+@_register("endprompt", appends_prompt=True, fixed=True)
 def endprompt(task: Task, streams: Streams) -> Placement:
     """Paper eq. 5: p_l = l for l < n-c, p_l = L-c+(l-(n-c)) for the last c tokens.
 
@@ -106,13 +109,13 @@ def endprompt_random(task: Task, streams: Streams) -> Placement:
     return _displaced(task, streams["positions"].integers(n - c, task.target_length - c, endpoint=True))
 
 
-@_register("short", appends_prompt=True)
+@_register("short", appends_prompt=True, fixed=True)
 def short(task: Task, streams: Streams) -> Placement:
     """The control: the tokens and weights of `endprompt` at ordinary positions 0..n-1."""
     return Placement(np.arange(task.physical_length))
 
 
-@_register("full", appends_prompt=False)
+@_register("full", appends_prompt=False, fixed=True)
 def full(task: Task, streams: Streams) -> Placement:
     """Full-length fine-tuning: n = L tokens of text at positions 0..L-1."""
     return Placement(np.arange(task.physical_length))

@@ -6,13 +6,11 @@ slice. transformers' own ZeRO-3 loading merges the whole checkpoint on rank 0 fi
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from endprompt.checkpoint.weights import WeightFiles
-from endprompt.errors import UserError
 from endprompt.models.hf_config import extended_config
 from endprompt.recipe import Recipe
 from endprompt.rope import RopeScaling, attention_factor, inverse_frequencies
@@ -23,24 +21,8 @@ from endprompt.zero3.host_memory import tensors_returned_to_the_system
 from endprompt.zero3.model import CausalLMForWeightedLoss
 
 
-def check_weights(directory: str, config: dict[str, Any]) -> None:
-    """Hold the headers of a checkpoint's shards against the architecture that its config.json describes. Raises UserError."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model_config = _model_config(config)
-    except Exception as error:  # huggingface_hub's field validation has exceptions of its own
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise UserError(Path(directory) / "config.json", f"transformers cannot read it ({detail})", "download the file again") from None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    # Old conversions saved the rotary table, and some save the tied head twice.
-    optional = {"lm_head.weight"} | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(config["num_hidden_layers"])}
-    WeightFiles(directory).check(shapes, optional)
-
-
-def _model_config(config: dict[str, Any], **changes):
+def model_config(config: dict[str, Any], **changes):
+    """transformers' configuration object of a config.json."""
     from transformers import AutoConfig
 
     return AutoConfig.for_model(**{**config, **changes})
@@ -59,7 +41,7 @@ def load_model(recipe: Recipe, config: dict[str, Any], rope: RopeScaling, world:
     from transformers.modeling_utils import local_torch_dtype
 
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-    extended = _model_config(extended_config(config, rope, recipe.target_length), use_cache=False)
+    extended = model_config(extended_config(config, rope, recipe.target_length), use_cache=False)
     extended._attn_implementation = choose_attention(world.device, recipe.training.precision)
     # prevent_arange_dtype_change comes first: zero.Init would make the rotary table bf16, whose cos is off by up to 2 at 131071.
     with (

@@ -12,14 +12,8 @@ import torch
 
 from endprompt.positions import Sample
 from endprompt.recipe import Recipe
+from endprompt.training.probing import CHANGED_TOKENS, ProbeFailed, with_a_jump
 from endprompt.training.world import World
-
-CHANGED_TOKENS = 16
-"""Body tokens that are replaced at once, spread over the body; logits looked at: at most as many terminal ones."""
-
-
-class ProbeFailed(RuntimeError):
-    """Attention or positions do not do what the method needs; training would teach nothing, or the wrong thing."""
 
 
 @torch.no_grad()
@@ -30,7 +24,7 @@ def probe(engine, sample: Sample, recipe: Recipe, vocab_size: int, world: World)
     2. Replacing the last token changes no logits before it: attention is causal by physical index.
     3. Moving the displaced segment by one position changes its logits: the rotary embedding follows position_ids.
     """
-    tokens, positions, jump = _with_a_jump(sample, recipe.target_length)
+    tokens, positions, jump = with_a_jump(sample, recipe.target_length)
     n = len(tokens)
     terminal = torch.arange(max(jump, n - CHANGED_TOKENS - 1), n - 1, device=world.device)  # without the last token
 
@@ -55,19 +49,3 @@ def probe(engine, sample: Sample, recipe: Recipe, vocab_size: int, world: World)
     moved[jump:] -= 1
     if torch.equal(logits(tokens, moved), usual):
         raise ProbeFailed("moving the last segment changes nothing: the rotary embedding ignores position_ids")
-
-
-def _with_a_jump(sample: Sample, target_length: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Tokens, positions and the index of the last jump, which is wide enough to move the segment behind it by one.
-
-    Schemes without displacement (`short`, `full`) get one for the probe: the body then starts at position 0 and the last
-    quarter ends at the target, or, where the sample fills the target, the first three quarters begin one token later.
-    """
-    tokens, positions = sample.tokens, sample.position_ids
-    jumps = np.flatnonzero(np.diff(positions) > 1) + 1
-    if len(jumps) and jumps[-1] < len(tokens) - 1:
-        return tokens, positions, int(jumps[-1])
-    if len(tokens) == target_length:  # no room to move: drop the last token
-        tokens, positions = tokens[:-1], positions[:-1]
-    jump = len(tokens) * 3 // 4
-    return tokens, np.concatenate([np.arange(jump), np.arange(target_length - len(tokens) + jump, target_length)]), jump

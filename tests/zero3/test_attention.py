@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from endprompt.positions import Sample
+from endprompt.training.probing import ProbeFailed
 from endprompt.training.world import World
 from endprompt.zero3 import attention
 from endprompt.zero3.model import CausalLMForWeightedLoss
-from endprompt.zero3.probe import ProbeFailed, probe
+from endprompt.zero3.probe import probe
 from tests.support.recipes import make_recipe
 
 TOKENS, TARGET = 24, 1024

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from endprompt.errors import UserError
+from endprompt.training.checkpoints import _complete, latest
 from endprompt.training.run_folder import RunFolder
-from endprompt.zero3.checkpoints import _complete, latest
 from tests.support.recipes import make_recipe
 
 FACTS = {"world_size": 2, "fingerprint": "f", "recipe": {}, "data": "d"}
@@ -20,8 +20,7 @@ def folder(tmp_path) -> RunFolder:
 def complete(folder: RunFolder, step: int, keep_last: int) -> None:
     incomplete = folder.checkpoints / f"step_{step:08d}.incomplete"
     incomplete.mkdir(parents=True)
-    (incomplete / "state.json").write_text(json.dumps({"step": step, **FACTS}))
-    _complete(folder, incomplete, f"step_{step:08d}", keep_last)
+    _complete(folder, incomplete, {"step": step, **FACTS}, keep_last)
 
 
 def test_the_newest_are_kept(folder):

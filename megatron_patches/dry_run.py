@@ -1,0 +1,76 @@
+"""Build the whole layout without a cluster: every pipeline stage's real GPTModel on the meta device, in a pretended world.
+
+torch's `fake` process group answers every collective without a peer, so the same `init_parallel` and `build_model` run that a
+job will run; meta tensors have shapes and no memory. A 70B model at TP8 x PP4 takes seconds on a login node.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from endprompt.models.layout import Layout
+from endprompt.recipe import Recipe
+from megatron_patches import cpu_backend
+from megatron_patches.prepare import Prepared
+
+
+def describe_stages(recipe: Recipe, prepared: Prepared) -> list[str]:
+    """One line per pipeline stage: layers, parameters and memory of states of one rank (tensor-parallel rank 0)."""
+    cpu_backend.install()
+    return [line for stage in range(prepared.layout.pipeline) for line in _stage(recipe, prepared, stage)]
+
+
+def _stage(recipe: Recipe, prepared: Prepared, stage: int) -> list[str]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megatron_patches.engine import init_parallel
+    from megatron_patches.load import global_names
+    from megatron_patches.model import build_model
+
+    layout = prepared.layout
+    rank = stage * (layout.world_size // layout.pipeline)  # Megatron's order of ranks is tp-cp-ep-dp-pp: stages lie furthest apart
+    dist.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
+    try:
+        init_parallel(layout)
+        with torch.device("meta"):
+            chunks = build_model(recipe, prepared.architecture, layout, prepared.config)
+        named = [pair for chunk in chunks for pair in global_names(chunk)]
+    finally:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    return describe_stage(stage, named, recipe, layout)
+
+
+def describe_stage(stage: int, named: list[tuple[str, torch.Tensor]], recipe: Recipe, layout: Layout) -> list[str]:
+    """Layers, shapes and bytes of one rank's parameters. Memory in 10^9 bytes, states only: no activations, no buffers."""
+    parameters = sum(tensor.numel() for _, tensor in named)
+    numbers = sorted({int(name.split(".")[2]) for name, _ in named if name.startswith("decoder.layers.")})
+    ends = [name.split(".")[0] for name, _ in named if name.startswith(("embedding", "output_layer"))]
+    width = 2 if recipe.training.precision == "bf16" else 4
+    share = layout.data * layout.context if recipe.megatron.distributed_optimizer else 1
+    # The weights, gradients accumulated in fp32, and fp32 master weights (bf16 only) with two Adam moments.
+    optimizer = (12 if width == 2 else 8) / share
+    bytes_each = {"weights": width, "gradients": 4, "optimizer": optimizer}
+    states = " + ".join(f"{name} {size * parameters / 1e9:.2f}" for name, size in bytes_each.items())
+    total = sum(bytes_each.values()) * parameters / 1e9
+    held = f"layers {ranges(numbers)}" + "".join(f" + {end}" for end in ends)
+    lines = [f"stage {stage}: {held}: {parameters / 1e9:.3f} B parameters; {states} = {total:.2f} GB"]
+    if stage == 0:
+        of_layer = [pair for pair in named if pair[0].startswith(f"decoder.layers.{numbers[0]}.")]
+        shapes = [f"{name.split('.', 3)[3].removesuffix('.weight')} {list(tensor.shape)}" for name, tensor in of_layer if tensor.dim() > 1]
+        lines.append(f"a layer's matrices on a rank: {', '.join(shapes)}")
+    return lines
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 8, 9] -> "0-2, 8-9"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -1,0 +1,8 @@
+"""On a CPU later Megatron-Core releases cannot even be imported without a stand-in for triton."""
+
+import torch
+
+from megatron_patches import cpu_backend
+
+if not torch.cuda.is_available():
+    cpu_backend.stand_in_for_triton()

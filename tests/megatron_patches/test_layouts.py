@@ -1,0 +1,131 @@
+"""Every parallel layout trains the same model: ten steps at each equal ten steps of one process, over gloo.
+
+Samples differ in their positions within every micro-batch (scheme pose; endprompt with two prompts of different length).
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.tiny import make_tiny_checkpoint
+from tests.support.workspace import ROOT, Workspace, quiet_environment
+
+SETTINGS = {
+    "positions.scheme": "pose", "training.micro_batch_size": 2, "training.global_batch_size": 16, "training.steps": 10,
+    "training.learning_rate": 0.005, "positions.physical_length": 32,
+}  # fmt: skip
+LAYOUTS = {
+    "one": (1, {}),
+    "tp2": (2, {"tensor_parallel": 2, "sequence_parallel": False}),
+    "tp2_sp": (2, {"tensor_parallel": 2}),
+    "pp2": (2, {"pipeline_parallel": 2}),
+    "pp4": (4, {"pipeline_parallel": 4}),
+    "pp2_vpp2": (2, {"pipeline_parallel": 2, "virtual_pipeline": 2}),
+    "cp2": (2, {"context_parallel": 2}),
+    "cp4": (4, {"context_parallel": 4}),
+    "dp2": (2, {}),
+    "dp2_plain_optimizer": (2, {"distributed_optimizer": False}),
+    "dp2_no_overlap": (2, {"overlap": False}),
+    "tp2_pp2_dp2": (8, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+    "tp2_cp2_pp2": (8, {"tensor_parallel": 2, "context_parallel": 2, "pipeline_parallel": 2}),
+    "selective": (2, {"tensor_parallel": 2, "recompute": "selective"}),
+}
+TIED = {"tied_one": (1, {}), "tied_tp2": (2, {"tensor_parallel": 2}), "tied_pp2": (2, {"pipeline_parallel": 2})}
+PROMPTED = {
+    "prompted_one": (1, {}),
+    "prompted_cp2": (2, {"context_parallel": 2}),
+    "prompted_tp2_pp2": (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
+}
+FAULTS = {
+    "positions in plain chunks": (2, {"context_parallel": 2}),
+    "positions of the wrong rank": (2, {"context_parallel": 2}),
+    "unmarked parts": (2, {"tensor_parallel": 2}),
+    "no positions on the last stage": (2, {"pipeline_parallel": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """All jobs in one world of eight processes; {name: result}."""
+    folder = tmp_path_factory.mktemp("layouts")
+    workspace = Workspace(folder)
+    for name, tied in (("four", False), ("tied", True)):
+        make_tiny_checkpoint(folder / name, num_hidden_layers=4, tie_word_embeddings=tied, intermediate_size=96)
+    jobs = []
+
+    def add(name, ranks, megatron, model="four", fault=None, **settings):
+        fields = {**SETTINGS, "model.path": folder / model, **{f"megatron.{key}": value for key, value in megatron.items()}, **settings}
+        overrides = [f"{field}={value}" for field, value in fields.items()]
+        jobs.append({"name": name, "ranks": ranks, "recipe": str(workspace.recipe_file), "overrides": overrides, "fault": fault})
+
+    for name, (ranks, megatron) in LAYOUTS.items():
+        add(name, ranks, megatron)
+    for name, (ranks, megatron) in TIED.items():
+        add(name, ranks, megatron, model="tied")
+    for name, (ranks, megatron) in PROMPTED.items():
+        prompts = {"positions.scheme": "endprompt", "positions.displaced_length": "null", "positions.prompts": "[EP_2, EP_3]"}
+        add(name, ranks, megatron, **prompts, **{"rope.type": "yarn", "positions.prompt_loss_weight": 0.3})
+    for fault, (ranks, megatron) in FAULTS.items():
+        add(fault, ranks, megatron, fault=fault)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(ROOT / "tests/support/layout_rank.py"), str(folder / "jobs.json"), str(folder)]
+    paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = {**quiet_environment(), "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
+    ranks = [
+        subprocess.Popen(
+            command, cwd=ROOT, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for rank in range(8)
+    ]
+    try:
+        said = [rank.communicate(timeout=900)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json") if path.stem != "jobs"}
+    assert found.keys() == {job["name"] for job in jobs}, said[0][-3000:]
+    return found
+
+
+def compare(result, reference):
+    assert "error" not in result, result
+    assert result["losses"] == pytest.approx(reference["losses"], abs=1e-5)
+    assert result["norms"] == pytest.approx(reference["norms"], rel=1e-4)
+    assert result["validation"] == pytest.approx(reference["validation"], abs=1e-5)
+
+
+@pytest.mark.timeout(1200)
+def test_one_process_learns(results):
+    losses = results["one"]["losses"]
+    assert losses[0] - losses[-1] > 0.15, "the run must learn something, or equality proves little"
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+def test_every_layout_equals_one_process(results, name):
+    compare(results[name], results["one"])
+
+
+@pytest.mark.parametrize("name", ["tied_tp2", "tied_pp2"])
+def test_tied_embeddings(results, name):
+    compare(results[name], results["tied_one"])
+
+
+@pytest.mark.parametrize("name", ["prompted_cp2", "prompted_tp2_pp2"])
+def test_prompts_of_different_length_yarn_and_fractional_weights(results, name):
+    compare(results[name], results["prompted_one"])
+
+
+@pytest.mark.parametrize("fault", ["positions in plain chunks", "positions of the wrong rank"])
+def test_positions_sliced_otherwise_than_tokens_show(results, fault):
+    assert abs(results[fault]["losses"][0] - results["one"]["losses"][0]) > 1e-3
+
+
+def test_parts_that_are_not_marked_show_in_the_gradient_norm(results):
+    assert results["unmarked parts"]["norms"][0] < 0.95 * results["one"]["norms"][0]
+
+
+def test_a_stage_without_positions_is_refused(results):
+    assert "every pipeline stage must pass them" in results["no positions on the last stage"]["error"]
