@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from tests.support import megatron_cpu  # noqa: E402
+from megatron_patches import cpu_backend  # noqa: E402
 
 
 def build(job: dict, config: dict, first: bool, last: bool):
@@ -113,7 +113,7 @@ def forward(model, tokens: torch.Tensor, ps, job: dict, train: bool):
 
 def main() -> None:
     torch.set_num_threads(1)
-    megatron_cpu.install()
+    cpu_backend.install()
     dist.init_process_group("gloo")
     for job in json.loads(Path(sys.argv[1]).read_text()):
         began = time.monotonic()
