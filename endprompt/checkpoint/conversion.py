@@ -182,7 +182,8 @@ def _run_tasks(conversion: Conversion, folder: Path, journal, done: dict[str, di
     with bar, ThreadPoolExecutor(workers) as pool:
         try:
             while True:
-                while len(running) < workers and (task := next(waiting, None)):
+                # Twice the workers: they go on while this thread waits for the disk.
+                while len(running) < 2 * workers and (task := next(waiting, None)):
                     running[pool.submit(task.work, files)] = task
                 if not running:
                     break

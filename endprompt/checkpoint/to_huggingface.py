@@ -19,7 +19,7 @@ from endprompt.checkpoint.provenance import file_sha256, record_conversion, sour
 from endprompt.checkpoint.safetensors_files import SafetensorsFolder, TensorInfo, make_header
 from endprompt.checkpoint.to_megatron import COMPANIONS, EMBEDDING, HEAD
 from endprompt.checkpoint.torch_dist import TorchDistCheckpoint
-from endprompt.checkpoint.views import CastView, HuggingFaceView, TensorReader, row_blocks
+from endprompt.checkpoint.views import CastView, HuggingFaceView, TensorReader, block_buffer, row_blocks
 from endprompt.errors import UserError
 from endprompt.models.architectures import Architecture, architecture_of_config, resolve_architecture
 from endprompt.models.hf_config import check_hf_config, extended_config, load_hf_config, rope_of_config
@@ -176,9 +176,9 @@ def _writer(view: TensorReader, name: str, file: str, offset: int) -> Callable[[
     info = view.tensors[name]
 
     def work(files: Files) -> dict[str, Any]:
-        digest = hashlib.sha256()
+        digest, buffer = hashlib.sha256(), block_buffer(info)
         for start, stop in row_blocks(info):
-            block = memoryview(bytearray((stop - start) * info.row_bytes))
+            block = buffer[: (stop - start) * info.row_bytes]
             view.read(name, start, stop, block)
             files.write(file, offset + start * info.row_bytes, block)
             digest.update(block)

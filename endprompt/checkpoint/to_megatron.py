@@ -18,7 +18,7 @@ from endprompt.checkpoint.megatron_metadata import write_model_facts
 from endprompt.checkpoint.provenance import record_conversion, source_identity
 from endprompt.checkpoint.safetensors_files import SafetensorsFolder, TensorInfo, check_tensors
 from endprompt.checkpoint.torch_dist_writer import Blob, plan_blobs, write_description
-from endprompt.checkpoint.views import MegatronView, row_blocks, tensors_of_huggingface
+from endprompt.checkpoint.views import MegatronView, block_buffer, row_blocks, tensors_of_huggingface
 from endprompt.errors import UserError
 from endprompt.models.architectures import Architecture, architecture_of_config
 from endprompt.models.hf_config import load_hf_config
@@ -88,10 +88,11 @@ def _writer(view: MegatronView, architecture: Architecture, name: str, blobs: li
 
     def work(files: Files) -> dict[str, Any]:
         hashes = [hashlib.sha256() for _ in sources]
+        buffer = block_buffer(info)
         for blob in blobs:
             crc = 0
             for start, stop in row_blocks(TensorInfo((blob.stop - blob.start, *info.shape[1:]), info.dtype)):
-                block = memoryview(bytearray((stop - start) * info.row_bytes))
+                block = buffer[: (stop - start) * info.row_bytes]
                 view.read(name, blob.start + start, blob.start + stop, block)
                 crc = zlib.crc32(block, crc)
                 files.write(blob.file, blob.offset + blob.archive.data_start + start * info.row_bytes, block)

@@ -42,6 +42,11 @@ def row_blocks(info: TensorInfo, limit: int = BLOCK_BYTES) -> Iterator[tuple[int
         yield start, min(info.rows, start + step)
 
 
+def block_buffer(info: TensorInfo) -> memoryview:
+    """Room for any block of `row_blocks`. One for all blocks of a tensor: new memory costs a page fault every 4 KB."""
+    return memoryview(bytearray(max((stop - start) * info.row_bytes for start, stop in row_blocks(info))))
+
+
 def tensors_of_huggingface(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the whole model in Hugging Face's files, embedding first, then layer by layer."""
     names = [name for parameter in parameters_by_layer(architecture) for name in huggingface_names(*row_of(parameter))]
