@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """All benchmarks that this machine can run, results in benchmarks/results/ (`make bench`).
 
-python benchmarks/run.py [--only step,data,loss]
+python benchmarks/run.py [--only step,data,loss,conversion]
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ sys.path.insert(0, str(ROOT))
 from endprompt.commands import run_step
 from endprompt.errors import UserError, run_command
 
-BENCHMARKS = ("loss", "data", "step")
+BENCHMARKS = ("loss", "data", "step", "conversion")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", default=",".join(BENCHMARKS), help=f"of {', '.join(BENCHMARKS)} (default: all, about 10 minutes on 2 cores)"
+        "--only", default=",".join(BENCHMARKS), help=f"of {', '.join(BENCHMARKS)} (default: all, about 15 minutes on 2 cores)"
     )
     chosen = parser.parse_args().only.split(",")
     for name in chosen:

@@ -8,6 +8,10 @@ Megatron packs what a tensor-parallel rank multiplies at once, Hugging Face keep
 | qkv    | per key/value head g: its query heads, then k_g, then v_g           | q_proj, k_proj, v_proj       |
 | gated  | gate over up; *each rank's* part is its gate rows over its up rows  | gate_proj, up_proj           |
 
+Rows of the vocabulary (embedding, output layer) may be followed by padding in Megatron: `Row.vocabulary`. Hugging Face has
+none. `source_runs` and `packed_runs` say the same as `join` and `split` in runs of whole rows, so that a converter can move
+a tensor of any size through a small buffer.
+
 No rotary permutation is needed: Hugging Face's LLaMA files and Megatron (rotary_interleaved False) both pair dimension i
 with i + head_dim / 2. Names are those of `get_gpt_layer_local_spec`; Transformer Engine's spec fuses the norm into the
 linear layer behind it (`TRANSFORMER_ENGINE_NAMES`), and Megatron's torch_dist checkpoints use Transformer Engine's names
@@ -17,7 +21,7 @@ whichever spec made them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,18 +36,22 @@ ReadRows = Callable[[str, int, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `{}` in names stands for the layer. split: dimension that tensor parallelism cuts, or None."""
+    """One line of the table. `{}` in names stands for the layer. split: dimension that tensor parallelism cuts, or None.
+
+    vocabulary: rows are token ids, and Megatron may add padding rows behind them.
+    """
 
     megatron: str
     huggingface: tuple[str, ...]
     layout: Layout
     split: int | None
+    vocabulary: bool = False
 
 
 _HF = "model.layers.{}."
 _MC = "decoder.layers.{}."
 TABLE: tuple[Row, ...] = (
-    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "copy", 0),
+    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "copy", 0, vocabulary=True),
     Row(_MC + "input_layernorm.weight", (_HF + "input_layernorm.weight",), "copy", None),
     Row(
         _MC + "self_attention.linear_qkv.weight",
@@ -56,7 +64,7 @@ TABLE: tuple[Row, ...] = (
     Row(_MC + "mlp.linear_fc1.weight", (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"), "gated", 0),
     Row(_MC + "mlp.linear_fc2.weight", (_HF + "mlp.down_proj.weight",), "copy", 1),
     Row("decoder.final_layernorm.weight", ("model.norm.weight",), "copy", None),
-    Row("output_layer.weight", ("lm_head.weight",), "copy", 0),
+    Row("output_layer.weight", ("lm_head.weight",), "copy", 0, vocabulary=True),
 )
 
 TRANSFORMER_ENGINE_NAMES = {
@@ -66,6 +74,7 @@ TRANSFORMER_ENGINE_NAMES = {
 """Names under Transformer Engine's layer spec, and in torch_dist checkpoints, to the local spec's."""
 
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
+_HF_LAYER = re.compile(r"(?<=^model\.layers\.)\d+")
 _ROWS = {row.megatron: row for row in TABLE}
 
 
@@ -151,6 +160,59 @@ def split(tensor: torch.Tensor, layout: Layout, architecture: Architecture) -> l
         grouped = tensor.reshape(-1, per_group + 2, architecture.head_dim, tensor.shape[-1])
         return [part.reshape(-1, tensor.shape[-1]) for part in grouped.split([per_group, 1, 1], dim=1)]
     return [tensor] if layout == "copy" else list(tensor.chunk(2))
+
+
+def source_runs(layout: Layout, architecture: Architecture, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """(index of the Hugging Face tensor, its first row, number of rows): what makes rows [start, stop) of the packed tensor."""
+    blocks = _blocks(layout, architecture)
+    if not blocks:
+        yield 0, start, stop - start
+        return
+    period = sum(blocks)
+    while start < stop:
+        repeat, inside = divmod(start, period)
+        index = 0
+        while inside >= blocks[index]:
+            inside -= blocks[index]
+            index += 1
+        count = min(blocks[index] - inside, stop - start)
+        yield index, repeat * blocks[index] + inside, count
+        start += count
+
+
+def packed_runs(index: int, layout: Layout, architecture: Architecture, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """(first packed row, number of rows): where rows [start, stop) of the index-th Hugging Face tensor lie. Inverse of the above."""
+    blocks = _blocks(layout, architecture)
+    if not blocks:
+        yield start, stop - start
+        return
+    while start < stop:
+        repeat, inside = divmod(start, blocks[index])
+        count = min(blocks[index] - inside, stop - start)
+        yield repeat * sum(blocks) + sum(blocks[:index]) + inside, count
+        start += count
+
+
+def _blocks(layout: Layout, architecture: Architecture) -> tuple[int, ...]:
+    """Rows of each Hugging Face tensor in one period of the packed tensor; empty where the packed tensor is the tensor."""
+    a = architecture
+    return {"copy": (), "qkv": (a.heads // a.kv_heads * a.head_dim, a.head_dim, a.head_dim), "gated": (a.ffn_size, a.ffn_size)}[layout]
+
+
+def disk_name(row: Row) -> str:
+    """Key of a parameter in a torch_dist checkpoint whose layers are stacked: Transformer Engine's name, no layer number."""
+    fused = {local: engine for engine, local in TRANSFORMER_ENGINE_NAMES.items()}
+    return fused.get(row.megatron, row.megatron).replace("layers.{}.", "layers.")
+
+
+def row_of_huggingface(name: str) -> tuple[Row, int | None, int]:
+    """(table row, layer, place among the row's tensors) of a Hugging Face tensor. KeyError for one not in the table."""
+    found = _HF_LAYER.search(name)
+    pattern = _HF_LAYER.sub("{}", name)
+    for row in TABLE:
+        if pattern in row.huggingface:
+            return row, int(found[0]) if found else None, row.huggingface.index(pattern)
+    raise KeyError(name)
 
 
 def _heads(index: int, architecture: Architecture) -> int:

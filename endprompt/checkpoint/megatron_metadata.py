@@ -60,12 +60,14 @@ def write_model_facts(
     *,
     source: str | Path | None = None,
     source_hashes: dict[str, str] | None = None,
+    padded_vocab_size: int | None = None,
 ) -> None:
     """Write endprompt_model.json into `folder`, atomically.
 
     recipe: of the training run; None for a conversion, whose window and dtypes stay as config.json has them.
     hf_config: config.json of the source checkpoint (`load_hf_config`). source: its folder, the recipe's model.path when left
     out. source_hashes: {file name: sha256} of what is known of it; the hash of config.json is added where the file is there.
+    padded_vocab_size: rows of the embedding beside it, the vocabulary's own size when left out.
     """
     source = Path(source or (recipe.model.path if recipe else "."))
     hashes = dict(source_hashes or {})
@@ -76,7 +78,7 @@ def write_model_facts(
         rope=rope,
         original_length=architecture.original_length,
         target_length=recipe.target_length if recipe else hf_config["max_position_embeddings"],
-        padded_vocab_size=architecture.vocab_size,
+        padded_vocab_size=padded_vocab_size or architecture.vocab_size,
         dtype=recipe.output.export_dtype if recipe else None,
         hf_config=hf_config,
         source=str(source),

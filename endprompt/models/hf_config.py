@@ -59,12 +59,17 @@ def load_hf_config(directory: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(path, f"not valid JSON ({error})", "download the file again") from None
+    check_hf_config(config, path)
+    return config
+
+
+def check_hf_config(config: Any, path: str | Path) -> None:
+    """Raise UserError, naming `path`, for what `load_hf_config` refuses in a config.json that has been read already."""
     if not isinstance(config, dict):
         raise UserError(path, f"holds a {type(config).__name__}, not an object", "download the file again")
     _check_architecture(config, path)
     _check_counts(config, path)
     rope_of_config(config, path)
-    return config
 
 
 def head_dim_of(config: dict[str, Any]) -> int:
@@ -76,7 +81,7 @@ def key_value_heads_of(config: dict[str, Any]) -> int:
     return config.get("num_key_value_heads") or config["num_attention_heads"]
 
 
-def _check_architecture(config: dict[str, Any], path: Path) -> None:
+def _check_architecture(config: dict[str, Any], path: str | Path) -> None:
     kind = config.get("model_type")
     if kind not in _CAUSAL_LM:
         raise UserError(f"{path}: model_type", f"{kind!r} is not supported", f"use one of {', '.join(_CAUSAL_LM)}")
@@ -98,7 +103,7 @@ def _check_architecture(config: dict[str, Any], path: Path) -> None:
             raise UserError(f"{path}: {key}", f"{config[key]!r} is not supported", f"use a checkpoint with {key} {json.dumps(plain)}")
 
 
-def _check_counts(config: dict[str, Any], path: Path) -> None:
+def _check_counts(config: dict[str, Any], path: str | Path) -> None:
     for key in _COUNTS:
         if key not in config:
             raise UserError(f"{path}: {key}", "is missing", "download the file again")

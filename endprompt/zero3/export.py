@@ -18,22 +18,16 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from endprompt.atomic import atomic_directory
-from endprompt.checkpoint.weights import INDEX, SINGLE
+from endprompt.checkpoint.companions import make_readable, plan_shards, shard_name, write_companions
+from endprompt.checkpoint.weights import INDEX
 from endprompt.errors import UserError
 from endprompt.models.hf_config import extended_config, load_hf_config, rope_of_config
 from endprompt.recipe import Recipe
 from endprompt.rope import RopeScaling, scaling_for
 from endprompt.training.world import World
 from endprompt.zero3.model import hf_name
-from endprompt.zero3.model_card import model_card
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
-COPIED = (
-    "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "generation_config.json", "LICENSE", "LICENSE.txt", "USE_POLICY.md",
-)  # fmt: skip
-"""Files of the source checkpoint that stay as they are. tokenizer_config.json is copied with its model_max_length raised."""
 
 
 @torch.no_grad()
@@ -56,20 +50,6 @@ def export(engine, recipe: Recipe, config: dict[str, Any], rope: RopeScaling, ta
             )
     dist.barrier()
     world.on_rank_0(lambda: _finish(partial, target, plan, recipe, config, rope, step))
-
-
-def plan_shards(sizes: list[tuple[str, int]], limit: float) -> list[list[tuple[str, int]]]:
-    """Cut (name, bytes) into shards of at most `limit` bytes, in order; a tensor larger than that gets one of its own."""
-    plan: list[list[tuple[str, int]]] = [[]]
-    for name, size in sizes:
-        if plan[-1] and sum(s for _, s in plan[-1]) + size > limit:
-            plan.append([])
-        plan[-1].append((name, size))
-    return plan
-
-
-def shard_name(number: int, count: int) -> str:
-    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 @contextmanager
@@ -95,13 +75,6 @@ def _write_shard(path: Path, parameters: list, writer: int, recipe: Recipe, worl
         make_readable(path)
 
 
-def make_readable(path: Path) -> None:
-    """safetensors creates files that only their owner may read; give them what the user's umask gives any other file."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
-
-
 def _begin(partial: Path, target: Path, size: int) -> None:
     if target.exists():
         raise UserError(target, "exists already", "move it away; the run's weights are in its checkpoints and are exported again")
@@ -125,30 +98,6 @@ def _finish(partial: Path, target: Path, plan: list, recipe: Recipe, config: dic
         os.fsync(descriptor)
         os.close(descriptor)
     os.rename(partial, target)
-
-
-def write_companions(
-    folder: Path, recipe: Recipe, config: dict[str, Any], rope: RopeScaling, *, dtype: str | None, step: int | None
-) -> None:
-    """Everything beside the weights: config.json, tokenizer, generation config, model card.
-
-    dtype: of the weights, None to keep what config.json says. step: optimizer steps trained, None for untrained weights.
-    """
-    extended = extended_config(config, rope, recipe.target_length)
-    if dtype is not None:
-        extended.pop("torch_dtype", None)
-        extended |= {"torch_dtype": DTYPE_NAMES[dtype], "dtype": DTYPE_NAMES[dtype]}  # the old and the new key of transformers
-    (folder / "config.json").write_text(json.dumps(extended, indent=2) + "\n")
-    source = Path(recipe.model.path)
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    settings = source / "tokenizer_config.json"
-    if settings.is_file():
-        (folder / settings.name).write_text(
-            json.dumps(json.loads(settings.read_text()) | {"model_max_length": recipe.target_length}, indent=2) + "\n"
-        )
-    (folder / "README.md").write_text(model_card(recipe, rope, extended, step))
 
 
 def export_untrained(recipe: Recipe, target: Path) -> None:

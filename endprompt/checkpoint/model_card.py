@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,23 @@ from endprompt.models.hf_config import oldest_transformers
 from endprompt.recipe import Recipe
 from endprompt.rope import RopeScaling, describe
 
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers")
 
-def model_card(recipe: Recipe, rope: RopeScaling, config: dict[str, Any], step: int | None) -> str:
-    """Markdown with Hugging Face front matter. step: optimizer steps trained; None when the weights are the base's own."""
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def model_card(
+    recipe: Recipe, rope: RopeScaling, config: dict[str, Any], step: int | None, provenance: dict[str, str] | None = None
+) -> str:
+    """Markdown with Hugging Face front matter. step: optimizer steps trained; None when the weights are the base's own.
+
+    provenance: what else is known of the origin, one line each, for instance {"Weights": "sha256 ..."}.
+    """
     base = Path(recipe.model.path).name
     physical = recipe.positions.physical_length
     if step is None:
@@ -27,7 +41,8 @@ def model_card(recipe: Recipe, rope: RopeScaling, config: dict[str, Any], step: 
             f"samples are {physical} tokens long, their position ids reach up to {recipe.target_length - 1}."
         )
     facts = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    versions = ", ".join([f"endprompt {__version__}", *(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))])
+    versions = ", ".join([f"endprompt {__version__}", *(f"{name} {found}" for name in _PACKAGES if (found := _installed(name)))])
+    origin = "".join(f"- {name}: {value}\n" for name, value in (provenance or {}).items())
     return f"""---
 base_model: {base}
 library_name: transformers
@@ -44,7 +59,7 @@ tags: [long-context, endprompt]
 - Needs transformers {oldest_transformers(config, rope, recipe.target_length)} or newer; older ones misread the rotary scaling.
 - vLLM multiplies `max_position_embeddings` by the factor of linear scaling: pass `--max-model-len {recipe.target_length}`.
 - Method: EndPrompt, arXiv 2605.14589. Made with {versions}.
-
+{origin}
 ## Recipe
 
 ```yaml

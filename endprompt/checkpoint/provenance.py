@@ -1,0 +1,50 @@
+"""Where a converted checkpoint came from, and digests of its tensors that do not depend on the format or the layout."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+from endprompt import __version__
+from endprompt.atomic import write_json
+from endprompt.checkpoint.safetensors_files import TensorInfo
+
+CONVERSION = "endprompt_conversion.json"
+
+
+def weights_digest(tensors: dict[str, TensorInfo], digests: dict[str, str]) -> str:
+    """One sha256 for all weights: over name, dtype, shape and sha256 of every Hugging Face tensor, in the order of names.
+
+    Equal for a Hugging Face folder, its Megatron checkpoint and any re-sharding of either.
+    """
+    lines = [f"{name} {tensors[name].dtype} {list(tensors[name].shape)} {digests[name]}\n" for name in sorted(digests)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def record_conversion(
+    folder: Path, direction: str, source: Path, tensors: dict[str, TensorInfo], digests: dict[str, str], **facts: Any
+) -> str:
+    """Write endprompt_conversion.json and return the digest of all weights.
+
+    digests: sha256 of the bytes of every Hugging Face tensor, in the dtype it has in `tensors`.
+    """
+    digest = weights_digest(tensors, digests)
+    entry = {
+        "made_with": f"endprompt {__version__}", "direction": direction, "date": time.strftime("%Y-%m-%d"), "source": str(source),
+        **facts, "weights_sha256": digest, "tensors_sha256": dict(sorted(digests.items())),
+    }  # fmt: skip
+    write_json(folder / CONVERSION, entry)
+    return digest
+
+
+def source_identity(folder: Path, files: list[str]) -> dict[str, Any]:
+    """Name, size and modification time of files: what must be the same for a conversion to go on where it stopped."""
+    stats = {file: (folder / file).stat() for file in files}
+    return {"folder": str(folder.resolve()), **{file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}}
+
+
+def file_sha256(path: Path) -> str:
+    """Of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
