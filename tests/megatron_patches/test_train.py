@@ -178,3 +178,51 @@ def test_dry_run_builds_every_stage(workspace):
     shown = workspace.train("--dry-run", "--world-size", "16", **{"output.directory": run, **layout}).stdout
     assert "TP 2 + SP x PP 2 x CP 2 x DP 2 = 16 ranks" in shown and "stage 1: layers 2-3 + output_layer" in shown
     assert "128 -> 1024 (linear, s = 8)" in shown and not (run / "checkpoints").exists()
+
+
+@pytest.mark.timeout(300)
+def test_dry_run_of_the_mission(tmp_path):
+    """recipes/llama3_70b_128k.yaml on 64 ranks: a checkpoint of 70B whose numbers are holes in its files, and the real code."""
+    import shutil
+
+    import numpy as np
+
+    from endprompt.data.indexed import write_indexed
+    from tests.support.sparse import make_sparse_checkpoint
+    from tests.support.tiny import make_tiny_tokenizer
+
+    architecture = make_sparse_checkpoint(tmp_path / "Meta-Llama-3-70B")
+    make_tiny_tokenizer(tmp_path / "tokenizer")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "tokenizer" / name, tmp_path / "Meta-Llama-3-70B" / name)
+    for name in ("llama3_train", "llama3_validation"):
+        write_indexed(tmp_path / name, [np.arange(5, 505).repeat(40)], dtype=np.int32)
+    command = [*MEGATRON, "--recipe", "recipes/llama3_70b_128k.yaml", "--dry-run", "--world-size", "64"]
+    environment = {**quiet_environment(), "CHECKPOINTS": str(tmp_path), "DATA": str(tmp_path), "RUNS": str(tmp_path / "runs")}
+    # The disk that three checkpoints of 988 GB need is not here: that check comes first, and says so.
+    refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    if refused.returncode == 2:
+        assert "needs 2963.3 GB for 3 more checkpoint(s)" in refused.stderr
+        environment["PYTHONPATH"] = str(tmp_path)
+        (tmp_path / "sitecustomize.py").write_text(
+            "import shutil; shutil.disk_usage = lambda path: type('Usage', (), {'free': 10**13, 'total': 10**13, 'used': 0})()"
+        )
+        refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    assert refused.returncode == 0, refused.stderr[-2000:]
+    shown = refused.stdout
+    stages = [line for line in shown.splitlines() if " stage " in f" {line.strip()}" or "stage " in line]
+    assert "70.55 B parameters" in shown and "= 64 ranks" in shown
+    held = [float(line.split(": ")[2].split(" B")[0]) for line in stages]
+    tensor = json.loads(json.dumps(int(shown.split("TP ")[1].split()[0])))
+    matrices = architecture.parameters - (2 * architecture.layers + 1) * architecture.hidden_size  # norms are copies
+    assert sum(held) * tensor * 1e9 == pytest.approx(matrices, rel=2e-3), "the stages of one tensor-parallel rank make the whole model"
+
+
+def test_a_users_own_script_with_two_lines(workspace, unbroken):
+    """tests/support/own_script.py: upstream's datasets, loader, model and schedule; it prints the losses of three micro-batches."""
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests/support/own_script.py"), str(workspace.recipe_file), str(workspace.path)]
+    finished = subprocess.run(command, cwd=ROOT, env=quiet_environment(), capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    found = json.loads(finished.stdout.strip().splitlines()[-1])
+    assert found["losses"] == pytest.approx(found["expected"], abs=1e-4) and len(set(found["losses"])) == 3
+    assert max(found["positions"]) == 1023
