@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """All benchmarks that this machine can run, results in benchmarks/results/ (`make bench`).
 
-python benchmarks/run.py [--only step,data,loss,conversion]
+python benchmarks/run.py [--only step,data,loss,megatron,conversion]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from endprompt.commands import run_step
 from endprompt.errors import UserError, run_command
 
-BENCHMARKS = ("loss", "data", "step", "conversion")
+BENCHMARKS = ("loss", "data", "step", "megatron", "conversion")
 
 
 def main() -> None:
