@@ -89,6 +89,10 @@ def measure_speed(folder: Path, layers: int, rounds: int) -> dict:
         "load_average_of_the_machine": round(os.getloadavg()[0], 1),
         "median_megabytes_per_second": {name: round(size / 1e6 / t) for name, t in medians.items()},
         "share_of_copy_speed": {name: round(medians["copy"] / medians[name], 3) for name in ("to_megatron", "to_huggingface")},
+        "share_of_copy_speed_by_round": {
+            name: [round(a / b, 2) for a, b in zip(seconds["copy"], seconds[name], strict=True)]
+            for name in ("to_megatron", "to_huggingface")
+        },
     }
 
 
