@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import describe_machine
 from endprompt.atomic import write_json
+from endprompt.checkpoint.conversion import default_workers
 from endprompt.checkpoint.safetensors_files import SafetensorsFolder
 from endprompt.errors import run_command
 from tests.support.conversions import convert, peak_memory
@@ -63,8 +64,8 @@ def measure_speed(folder: Path, layers: int, rounds: int) -> dict:
     size = sum(info.bytes for info in SafetensorsFolder(source).tensors.values())
     work = {
         "copy": lambda out: copy(source, out),
-        "to_megatron": lambda out: convert("to megatron", source, out),
-        "to_huggingface": lambda out: convert("to huggingface", middle, out),
+        "to_megatron": lambda out: convert("to megatron", source, out, workers=default_workers()),
+        "to_huggingface": lambda out: convert("to huggingface", middle, out, workers=default_workers()),
     }
     seconds: dict[str, list[float]] = {name: [] for name in work}
     processor: dict[str, list[float]] = {name: [] for name in work}
@@ -82,11 +83,16 @@ def measure_speed(folder: Path, layers: int, rounds: int) -> dict:
         shutil.rmtree(place)
     return {
         "gigabytes": round(size / 1e9, 3),
+        "threads": default_workers(),
         "seconds": {name: [round(t, 2) for t in times] for name, times in seconds.items()},
         "processor_seconds_per_gigabyte": {name: round(statistics.median(t) / size * 1e9, 2) for name, t in processor.items()},
         "load_average_of_the_machine": round(os.getloadavg()[0], 1),
         "median_megabytes_per_second": {name: round(size / 1e6 / t) for name, t in medians.items()},
         "share_of_copy_speed": {name: round(medians["copy"] / medians[name], 3) for name in ("to_megatron", "to_huggingface")},
+        "share_of_copy_speed_by_round": {
+            name: [round(a / b, 2) for a, b in zip(seconds["copy"], seconds[name], strict=True)]
+            for name in ("to_megatron", "to_huggingface")
+        },
     }
 
 

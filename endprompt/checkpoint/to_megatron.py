@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,16 +89,14 @@ def _writer(view: MegatronView, architecture: Architecture, name: str, blobs: li
         hashes = [hashlib.sha256() for _ in sources]
         buffer = block_buffer(info)
         for blob in blobs:
-            crc = 0
             for start, stop in row_blocks(TensorInfo((blob.stop - blob.start, *info.shape[1:]), info.dtype)):
                 block = buffer[: (stop - start) * info.row_bytes]
                 view.read(name, blob.start + start, blob.start + stop, block)
-                crc = zlib.crc32(block, crc)
                 files.write(blob.file, blob.offset + blob.archive.data_start + start * info.row_bytes, block)
                 _hash_rows(block, blob.start + start, blob.start + stop, hashes)
                 files.progress(len(block))
-            files.write(blob.file, blob.offset, blob.archive.head(crc))
-            files.write(blob.file, blob.offset + blob.length - len(blob.archive.tail(crc)), blob.archive.tail(crc))
+            files.write(blob.file, blob.offset, blob.archive.head())
+            files.write(blob.file, blob.offset + blob.length - len(blob.archive.tail()), blob.archive.tail())
         return {"sha256": {source: digest.hexdigest() for source, digest in zip(sources, hashes, strict=True)}}
 
     def _hash_rows(block: memoryview, start: int, stop: int, hashes: list) -> None:

@@ -2,6 +2,10 @@
 
 Each chunk of a tensor is a torch.save file within a .distcp file: a zip archive with the records data.pkl, byteorder, data/0
 and version. Its size is known before any number is, so chunks are written straight to their place, through small buffers.
+
+The archive's checksum of the numbers is left 0, as torch.serialization.set_crc32_options(False) does: torch.load never looks
+at it, and summing took a quarter of the conversion's time. What guards the numbers is the sha256 of every tensor in
+endprompt_conversion.json, which verify_checkpoint.py compares; unzip -t would complain.
 """
 
 from __future__ import annotations
@@ -25,7 +29,13 @@ from endprompt.checkpoint.views import TORCH_DTYPES, row_blocks
 CHUNK_BYTES = 128 * 2**20
 """Largest chunk. A rank that loads reads whole chunks, so smaller ones save it memory and reading under tensor parallelism."""
 
-FILE_BYTES = 4 * 2**30
+FILE_BYTES = 2**30
+
+STRIPES = 4
+"""Files that grow at once. A file takes one write at a time (its inode's lock), so threads on one file would wait and spin."""
+
+_PAGE = 4096
+"""Numbers begin at a page of the file: copying 8 MB to an odd address took the kernel twice as long as to a page (measured)."""
 
 _ALIGNMENT = 64  # torch aligns the numbers of an archive to this
 _STORAGES = {"BF16": torch.BFloat16Storage, "F16": torch.HalfStorage, "F32": torch.FloatStorage}
@@ -62,18 +72,18 @@ class Archive:
         self._padding = struct.pack("<2sH", b"FB", gap) + b"Z" * gap
         self._before, self._pickle = before, _tensor_pickle(info.dtype, shape)
         self.data_start = len(before) + 30 + len("archive/data/0") + len(self._padding)
-        self.length = self.data_start + self.data_bytes + len(self.tail(0))
+        self.length = self.data_start + self.data_bytes + len(self.tail())
 
-    def head(self, crc: int) -> bytes:
-        """Everything before the numbers; crc: zlib.crc32 of the numbers."""
-        return self._before + _header("data/0", crc, self.data_bytes, self._padding)
+    def head(self) -> bytes:
+        """Everything before the numbers."""
+        return self._before + _header("data/0", 0, self.data_bytes, self._padding)
 
-    def tail(self, crc: int) -> bytes:
+    def tail(self) -> bytes:
         """Everything behind the numbers: the version record and the directory."""
         version = _local("version", b"3\n")
         records = [("data.pkl", zlib.crc32(self._pickle), len(self._pickle), 0)]
         records.append(("byteorder", zlib.crc32(b"little"), 6, len(_local("data.pkl", self._pickle))))
-        records.append(("data/0", crc, self.data_bytes, len(self._before)))
+        records.append(("data/0", 0, self.data_bytes, len(self._before)))
         records.append(("version", zlib.crc32(b"3\n"), 2, self.data_start + self.data_bytes))
         directory = b"".join(_directory_entry(*record) for record in records)
         start = self.data_start + self.data_bytes + len(version)
@@ -125,15 +135,17 @@ def _tensor_pickle(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def plan_blobs(tensors: dict[str, TensorInfo]) -> list[Blob]:
-    """Chunks of every parameter, one after another in files `__<n>_0.distcp` of about FILE_BYTES."""
-    blobs, number, offset = [], 0, 0
+    """Chunks of every parameter, dealt out to files `__<n>_0.distcp` of at most FILE_BYTES; gaps are below a page."""
+    blobs, ends, numbers, count = [], [0] * STRIPES, list(range(STRIPES)), STRIPES
     for name, info in tensors.items():
+        stripe = ends.index(min(ends))  # the emptiest
         for start, stop in row_blocks(info, CHUNK_BYTES):
             archive = Archive(info, _disk_shape(name, info, stop - start))
-            if offset and offset + archive.length > FILE_BYTES:
-                number, offset = number + 1, 0
-            blobs.append(Blob(name, start, stop, f"__{number}_0.distcp", offset, archive))
-            offset += archive.length
+            if ends[stripe] and ends[stripe] + archive.length > FILE_BYTES:
+                ends[stripe], numbers[stripe], count = 0, count, count + 1
+            offset = ends[stripe] + -(ends[stripe] + archive.data_start) % _PAGE
+            blobs.append(Blob(name, start, stop, f"__{numbers[stripe]}_0.distcp", offset, archive))
+            ends[stripe] = offset + archive.length
     return blobs
 
 

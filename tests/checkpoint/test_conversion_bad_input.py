@@ -149,7 +149,7 @@ CASES = {
     # its contents
     "metadata truncated": (cut(f"{MC}/.metadata", 0.5), back(), [".metadata", "not a pickle that this project reads"]),
     "metadata asks for os.system": (hostile_metadata, back(), [".metadata", "posix.system"]),
-    "tensor asks for os.system": (hostile_blob, back(), ["__0_0.distcp", "posix.system"]),
+    "tensor asks for os.system": (hostile_blob, back(), [".distcp: output_layer.weight", "posix.system"]),
     "metadata points outside": (edit_metadata(outside), back(), ["outside the checkpoint"]),
     "bias in the checkpoint": (edit_metadata(add_bias), back(), ["linear_qkv.bias"]),
     "layer missing": (edit_metadata(lose_a_layer), back(), ["has no tensor decoder.layers.3.mlp.linear_fc2.weight"]),

@@ -70,7 +70,6 @@ def hostile_metadata(folder: Path) -> None:
 
 def hostile_blob(folder: Path) -> None:
     """A tensor whose pickle runs a command; checksums and sizes are right."""
-    path = folder / MC / "__0_0.distcp"
     with open(folder / MC / ".metadata", "rb") as file:
         metadata = pickle.load(file)
     index, info = next((index, info) for index, info in metadata.storage_data.items() if index.fqn == "output_layer.weight")
@@ -79,7 +78,7 @@ def hostile_blob(folder: Path) -> None:
         archive.writestr("archive/data.pkl", pickle.dumps(Exploit(), protocol=2))
         archive.writestr("archive/data/0", bytes(512 * 64 * 2))
         archive.writestr("archive/version", "3\n")
-    with open(path, "ab") as file:
+    with open(folder / MC / info.relative_path, "ab") as file:
         start = file.tell()
         file.write(buffer.getvalue())
     metadata.storage_data[index] = type(info)(info.relative_path, start, len(buffer.getvalue()))
