@@ -112,15 +112,6 @@ def huggingface_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
     return shapes.get(name.split(".")[-2], (a.hidden_size,))  # norms
 
 
-def huggingface_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a Hugging Face checkpoint; without `lm_head.weight` when tied."""
-    names = []
-    for name in megatron_names(architecture):
-        row, layer = row_of(name)
-        names += huggingface_names(row, layer)
-    return {name: huggingface_shape(name, architecture) for name in names}
-
-
 def read_parameter(
     name: str, architecture: Architecture, read: ReadRows, *, tensor_parallel: int = 1, rank: int = 0
 ) -> torch.Tensor:

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from endprompt.checkpoint.mapping import huggingface_shapes
+from endprompt.checkpoint.views import tensors_of_huggingface
 from endprompt.checkpoint.weights import WeightFiles
 from endprompt.data.samples import SampleDataset
 from endprompt.data.tokenizers import load_tokenizer
@@ -70,7 +70,7 @@ def check_weights(directory: str | Path, architecture: Architecture) -> None:
     """Hold the headers of a checkpoint's shards against its architecture. Raises UserError."""
     # Old conversions saved the rotary table, and some save the tied head twice.
     optional = {"lm_head.weight"} | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(architecture.layers)}
-    WeightFiles(directory).check(huggingface_shapes(architecture), optional)
+    WeightFiles(directory).check(tensors_of_huggingface(architecture), optional)
 
 
 def check_run_folder(recipe: Recipe, inputs: Inputs, folder: RunFolder, engine: str) -> None:
