@@ -173,12 +173,12 @@ def _replace_names() -> None:
     check_version()
     for module, name, make, _ in REPLACED:
         _replace(module, name, make())
-    expect_signature(torch.autograd, "_engine_run_backward", _ENGINE_CALL)
+    expect_signature(torch.autograd, "_engine_run_backward", _ENGINE_CALL, exact=True)
     _replace(torch.autograd, "_engine_run_backward", _under_the_mode(torch.autograd._engine_run_backward))
 
     import megatron.core.tensor_parallel.random as megatron_random
 
-    expect_signature(megatron_random, "_set_cuda_rng_state", _RNG_SETTER)
+    expect_signature(megatron_random, "_set_cuda_rng_state", _RNG_SETTER, exact=True)
     _replace(megatron_random, "_set_cuda_rng_state", _calls(_generator.set_state)())
     _silence_rng_warning(megatron_random.__name__)
     torch_adam.install()

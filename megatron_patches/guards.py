@@ -80,14 +80,14 @@ def check_patch(patch: Patch) -> tuple[Any, Callable]:
     return owner, original
 
 
-def expect_signature(owner: Any, name: str, parameters: tuple[str, ...], *, symbol: str | None = None) -> None:
-    """Raises UserError unless `owner.name` is a function whose leading parameters are these."""
+def expect_signature(owner: Any, name: str, parameters: tuple[str, ...], *, symbol: str | None = None, exact: bool = False) -> None:
+    """Raises UserError unless `owner.name` is a function whose leading (exact: only) parameters are these."""
     function, symbol = getattr(owner, name, None), symbol or f"{owner.__name__}.{name}"
     if not callable(function):
         raise _changed(symbol, "is gone")
     found = tuple(inspect.signature(function).parameters)
-    if found[: len(parameters)] != parameters:
-        raise _changed(symbol, f"takes ({', '.join(found)}), expected ({', '.join(parameters)}, ...)")
+    if (found if exact else found[: len(parameters)]) != parameters:
+        raise _changed(symbol, f"takes ({', '.join(found)}), expected ({', '.join(parameters)}{'' if exact else ', ...'})")
 
 
 def resolve(path: str) -> Any:

@@ -47,7 +47,7 @@ def install() -> bool:
     check_version()
     optimizer_class = distrib_optimizer.DistributedOptimizer
     for name, parameters in SIGNATURES.items():
-        expect_signature(optimizer_class, name, parameters)
+        expect_signature(optimizer_class, name, parameters, exact=True)
     wrappers = {
         "state_dict": _state_dict,
         "load_state_dict": _load_state_dict,

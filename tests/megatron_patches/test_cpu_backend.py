@@ -254,7 +254,7 @@ def test_another_signature_is_refused_and_nothing_stays_replaced(monkeypatch, me
     monkeypatch.setattr(DistributedOptimizer, method, lambda self, something, new: None)
     before = names()
     for install in (torch_adam.install, cpu_backend.install):
-        with pytest.raises(UserError, match=rf"DistributedOptimizer.{method} takes \(self, something, new\)"):
+        with pytest.raises(UserError, match=rf"DistributedOptimizer.{method}: takes \(self, something, new\)"):
             install()
         assert all(a is b for a, b in zip(names(), before, strict=True)) and _get_current_function_mode() is None
 
