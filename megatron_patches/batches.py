@@ -26,8 +26,12 @@ def context_slice(tensor: torch.Tensor, context_parallel: int, rank: int, dim: i
     return torch.cat([chunks[rank], chunks[2 * context_parallel - 1 - rank]], dim)
 
 
-def get_batch(data_iterator: Iterator[dict]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def get_batch(
+    data_iterator: Iterator[dict], vp_stage: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """(tokens, labels, loss_mask, attention_mask, position_ids) of the next micro-batch on this rank's device.
+
+    vp_stage: what upstream's scripts pass; every model chunk gets the same batch.
 
     Takes the place of get_batch in a Megatron-LM script. [b, s / CP] each: int64, loss_mask fp32 with fractional weights;
     attention_mask is None unless the dataset makes one (kernels that are causal by themselves need none).
@@ -51,6 +55,6 @@ def get_batch(data_iterator: Iterator[dict]) -> tuple[torch.Tensor, torch.Tensor
     return cut["tokens"], cut["labels"], cut["loss_mask"], mask, cut["position_ids"]
 
 
-def is_dataset_built_on_rank(*ignored) -> bool:
+def is_dataset_built_on_rank(*ignored, **also_ignored) -> bool:
     """For BlendedMegatronDatasetBuilder: every rank, every stage. The index files are mapped, so this costs no memory."""
     return True

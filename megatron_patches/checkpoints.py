@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from endprompt.errors import UserError
@@ -14,6 +16,28 @@ from megatron_patches.engine import Engine
 from megatron_patches.model import unwrapped
 
 ENGINE = "megatron"
+
+
+def check_same_optimizer(saved, recipe: Recipe) -> None:
+    """Megatron names optimizer states differently with and without the distributed optimizer, and reads only its own."""
+    before = saved.recipe["megatron"]["distributed_optimizer"]
+    if before != recipe.megatron.distributed_optimizer:
+        raise UserError(
+            saved.path, f"was made with megatron.distributed_optimizer: {str(before).lower()}", "set it back or set output.directory"
+        )
+
+
+@contextlib.contextmanager
+def write_failures(folder: RunFolder) -> Iterator[None]:
+    """A writer's failure reaches all ranks as a CheckpointException, which is a BaseException: give it as bad input."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        last = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+        problem = f"a checkpoint cannot be written ({last[:200]})"
+        raise UserError(folder.checkpoints, problem, "mend the disk and run the same command again") from None
 
 
 class Checkpoints:
@@ -38,7 +62,10 @@ class Checkpoints:
         self.wait()  # one at a time: the disk is asked for room for one more
         incomplete = begin_save(self.folder, self.recipe, step, self.inputs.architecture.parameters, self.world)
         self.engine.sync_parameters()
-        request = dist_checkpointing.save(self._sharded(is_loading=False), str(incomplete), async_sharded_save=self._queue is not None)
+        with write_failures(self.folder):
+            request = dist_checkpointing.save(
+                self._sharded(is_loading=False), str(incomplete), self._strategy(), async_sharded_save=self._queue is not None
+            )
         if self._queue is None:
             self._finish(incomplete, step)
         else:
@@ -48,17 +75,22 @@ class Checkpoints:
     def poll(self) -> None:
         """Let a background save that is done move the pointer. Collective; call it once a step."""
         if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=False)
+            with write_failures(self.folder):
+                self._queue.maybe_finalize_async_calls(blocking=False)
 
     def wait(self) -> None:
         """Until every background save is done. Collective."""
         if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=True)
+            with write_failures(self.folder):
+                self._queue.maybe_finalize_async_calls(blocking=True)
 
     def load(self, path: Path) -> None:
         """Weights and optimizer states of a checkpoint, whatever layout wrote it. Collective. Raises UserError where it is damaged."""
         from megatron.core import dist_checkpointing
         from torch.distributed.checkpoint.api import CheckpointException  # a BaseException: what any rank's reading raised
+
+        # Collectives inside the load hang or cross if one rank alone fails before them: what every rank reads alone comes first.
+        self.world.together(lambda: self._read_alone(path))
 
         def read():
             try:
@@ -73,6 +105,27 @@ class Checkpoints:
         for number, chunk in enumerate(self.engine.chunks):
             unwrapped(chunk).load_state_dict(state[_chunk_key(number)], strict=True)
         self.engine.optimizer.load_state_dict(state["optimizer"])
+
+    def _read_alone(self, path: Path) -> None:
+        from megatron.core import dist_checkpointing
+
+        try:
+            dist_checkpointing.load_common_state_dict(str(path))
+        except (OSError, UserError):
+            raise
+        except Exception as error:  # a damaged archive may raise nearly anything
+            raise UserError(
+                path, f"cannot be loaded ({type(error).__name__})", "write the name of an earlier one into checkpoints/latest"
+            ) from None
+
+    def _strategy(self):
+        """Data-parallel ranks share the writing: by default their first writes all."""
+        from megatron.core import parallel_state
+        from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+        from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), replicas)
 
     def _finish(self, incomplete: Path, step: int) -> None:
         from endprompt.checkpoint.megatron_metadata import write_model_facts

@@ -18,7 +18,17 @@ from megatron_patches.prepare import Prepared
 def describe_stages(recipe: Recipe, prepared: Prepared) -> list[str]:
     """One line per pipeline stage: layers, parameters and memory of states of one rank (tensor-parallel rank 0)."""
     cpu_backend.install()
-    return [line for stage in range(prepared.layout.pipeline) for line in _stage(recipe, prepared, stage)]
+    lines = [line for stage in range(prepared.layout.pipeline) for line in _stage(recipe, prepared, stage)]
+    if recipe.megatron.distributed_optimizer:
+        lines.append(f"host memory at a save or load: {_host_gb(prepared):.0f} GB a rank at most, times the ranks of a node")
+    return lines
+
+
+def _host_gb(prepared: Prepared) -> float:
+    """Every rank gathers the optimizer states of its model-parallel part, 3 x fp32, so that any layout can load them."""
+    a, layout = prepared.architecture, prepared.layout
+    layers = a.layers / layout.pipeline * a.layer_parameters
+    return 12 * (layers + a.embedding_parameters * (1 if layout.pipeline > 1 or a.tied else 2)) / layout.tensor / 1e9
 
 
 def _stage(recipe: Recipe, prepared: Prepared, stage: int) -> list[str]:

@@ -16,17 +16,21 @@ from endprompt.training.schedule import learning_rate
 from endprompt.training.world import World
 from megatron_patches import cpu_backend, torch_adam
 
+TIMEOUT = timedelta(hours=2)
+"""Of every collective: long enough for a slow disk to take a checkpoint while other ranks wait (torch's default: 10 minutes)."""
+
 
 def init_distributed() -> World:
     """Join the process group that the launcher's environment describes; NCCL on GPUs, gloo on CPUs with the CPU backend."""
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex|deprecated).*")
+    # Orders the messages of tensor parallelism before the products that hide them; read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    warnings.filterwarnings("ignore", message="(?s).*(Transformer Engine|Apex|apex|deprecated|grad attribute of a Tensor).*")
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     cpu_backend.install()
     torch_adam.install()
-    # Long enough for a slow disk to take a checkpoint while other ranks wait (default: 10 minutes).
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     return World.current()
 
 
@@ -43,6 +47,7 @@ def init_parallel(layout: Layout, *, gloo_groups: bool = True) -> None:
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
         create_gloo_process_groups=gloo_groups,
+        distributed_timeout_minutes=TIMEOUT // timedelta(minutes=1),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 

@@ -19,6 +19,11 @@ from endprompt.recipe import Recipe
 from megatron_patches.modules import CausalAttention, RMSNorm
 
 
+def _on_gpu() -> bool:
+    """Whether parameters are made on a GPU. A dry run builds on the meta device, GPU or not."""
+    return torch.cuda.is_available() and torch.get_default_device().type != "meta"
+
+
 def uses_transformer_engine(recipe: Recipe) -> bool:
     """Whether layers come from Transformer Engine. Raises UserError where the recipe wants it and it is not there."""
     wanted = recipe.megatron.transformer
@@ -53,7 +58,7 @@ def check_kernels(recipe: Recipe, one_layout: bool) -> None:
 def transformer_config(recipe: Recipe, architecture: Architecture, layout: Layout, config: dict) -> TransformerConfig:
     """Megatron's configuration of the model and its parallel layout. config: the checkpoint's config.json."""
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-    on_gpu = torch.cuda.is_available()
+    on_gpu = _on_gpu()
     recompute = {}
     if recipe.training.activation_checkpointing:
         recompute = {"recompute_granularity": recipe.megatron.recompute}
@@ -83,6 +88,7 @@ def transformer_config(recipe: Recipe, architecture: Architecture, layout: Layou
         sequence_parallel=layout.sequence_parallel,
         overlap_p2p_comm=layout.virtual > 1,
         batch_p2p_comm=layout.virtual == 1,
+        deallocate_pipeline_outputs=layout.pipeline > 1,  # a sent activation is not held until its gradient comes
         perform_initialization=False,  # every parameter is read from the checkpoint
         use_cpu_initialization=not on_gpu,
         bias_activation_fusion=on_gpu,
@@ -113,7 +119,7 @@ def build_model(recipe: Recipe, architecture: Architecture, layout: Layout, hf_c
     is `megatron_patches.apply(recipe)`'s, whatever the model is built with.
     """
     config = transformer_config(recipe, architecture, layout, hf_config)
-    engine = uses_transformer_engine(recipe)
+    engine = _on_gpu() and uses_transformer_engine(recipe)  # a dry run: local layers have the same shapes
     chunks = []
     for stage in range(layout.virtual):
         vp_stage = stage if layout.virtual > 1 else None
@@ -129,7 +135,7 @@ def build_model(recipe: Recipe, architecture: Architecture, layout: Layout, hf_c
             rotary_base=int(architecture.rope.theta),
             vp_stage=vp_stage,
         )
-        if torch.cuda.is_available():
+        if _on_gpu():
             model.cuda()
         chunks.append(Float16Module(config, model) if config.bf16 else model)
     return chunks

@@ -34,6 +34,8 @@ def probe(loss_of: LossOf, sample: Sample, target_length: int, vocab_size: int) 
         return loss_of(tokens, positions, labels, weights)
 
     usual = loss(tokens, positions)
+    if not np.isfinite(usual):
+        raise ProbeFailed(f"the loss of the first sample is {usual}: the weights hold NaN or infinity, or overflow in this precision")
     body = np.unique(np.linspace(0, jump - 1, min(CHANGED_TOKENS, jump)).astype(np.int64))
     other_body = tokens.copy()
     other_body[body] = (tokens[body] + 1) % vocab_size

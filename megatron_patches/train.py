@@ -15,7 +15,7 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from endprompt.errors import run_command
+from endprompt.errors import UserError, run_command
 from endprompt.recipe import Recipe, load_recipe
 from endprompt.training.command import parse_arguments, processes_wanted
 from endprompt.training.launch import become_single_process, launch, under_launcher
@@ -76,7 +76,7 @@ def go_on(recipe: Recipe, prepared: Prepared, folder: RunFolder, stop: StopReque
     """Train from the newest checkpoint, or from the start. Returns the exit code."""
     import megatron_patches
     from endprompt.training import lifecycle
-    from megatron_patches.checkpoints import Checkpoints
+    from megatron_patches.checkpoints import Checkpoints, check_same_optimizer
     from megatron_patches.engine import build_engine, init_parallel
     from megatron_patches.load import load_weights
     from megatron_patches.loop import Loop
@@ -84,6 +84,8 @@ def go_on(recipe: Recipe, prepared: Prepared, folder: RunFolder, stop: StopReque
     from megatron_patches.probe import probe
 
     start = lifecycle.find_start(folder, world)
+    if start.saved:
+        check_same_optimizer(start.saved, recipe)
     if start.step == recipe.steps:
         return lifecycle.already_finished(recipe, folder, world, start.saved.path)
 
@@ -106,7 +108,11 @@ def go_on(recipe: Recipe, prepared: Prepared, folder: RunFolder, stop: StopReque
         save=checkpoints.save, stop_reason=stop_reason, monitor=monitor,
     )  # fmt: skip
     probe(loop.loss_of, prepared.train_data[0], recipe.target_length, prepared.architecture.vocab_size)
-    stopped_by = loop.run(start.step)
+    try:
+        stopped_by = loop.run(start.step)
+    except UserError:  # shared by all ranks: a save under way is good, and the message sends the user to it
+        checkpoints.wait()
+        raise
     checkpoints.wait()
     trained = folder.checkpoints / f"step_{recipe.steps:08d}"
     return lifecycle.close(folder, monitor, world, stopped_by, f"trained {trained}")

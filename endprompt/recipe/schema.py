@@ -195,6 +195,8 @@ class DeepSpeed(Section):
 class Megatron(Section):
     """Parallel layout and kernels of the Megatron-Core engine; nothing of it changes what is trained.
 
+    A run resumes at any other layout; distributed_optimizer alone must stay as it was (its states are named otherwise).
+
     Ranks = tensor_parallel x pipeline_parallel x context_parallel x data parallel, which is what is left of them.
     """
 

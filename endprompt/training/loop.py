@@ -47,7 +47,7 @@ class TrainingLoop(ABC):
         """One step over the global batch at learning rate `rate`. Returns (weighted mean loss, gradient norm before clipping).
 
         Collective; both numbers are valid on the monitor's rank at least. Raises UserError on every rank when they are not
-        finite (`check_finite`), before the weights change.
+        finite (`check_finite`): a loss before the weights change, a gradient at the latest before anything is saved.
         """
 
     @abstractmethod

@@ -226,3 +226,23 @@ def test_a_users_own_script_with_two_lines(workspace, unbroken):
     found = json.loads(finished.stdout.strip().splitlines()[-1])
     assert found["losses"] == pytest.approx(found["expected"], abs=1e-4) and len(set(found["losses"])) == 3
     assert max(found["positions"]) == 1023
+
+
+def test_a_background_save_survives_the_error_that_ends_the_run(workspace):
+    run = workspace.path / "late"
+    fields = {"output.directory": run, "megatron.async_save": True, "output.save_interval": 2, "output.validation_interval": 100}
+    refused = workspace.train(ranks=1, expect=2, **fields, **{"training.learning_rate": 1e30, "training.clip_grad": 0})
+    assert refused.stderr.count("error: ") == 1 and "Traceback" not in refused.stderr
+    assert "checkpoints/latest names it" in refused.stderr and (run / "checkpoints" / "latest").read_text() == "step_00000002\n"
+
+
+def test_another_optimizer_is_refused_on_resume(workspace, unbroken):
+    refused = workspace.train(ranks=1, expect=2, **{"output.directory": unbroken, "megatron.distributed_optimizer": False})
+    assert "was made with megatron.distributed_optimizer: true" in refused.stderr
+
+
+def test_data_parallel_ranks_share_the_writing(workspace, unbroken):
+    run = workspace.path / "shared"
+    workspace.train(ranks=2, **{"output.directory": run, "training.steps": 4, "output.save_interval": 2})
+    names = {path.name.split("_")[2] for path in (run / "checkpoints" / "step_00000004").glob("__*.distcp")}
+    assert names == {"0", "1"} and losses(run) == pytest.approx(losses(unbroken)[:4], abs=1e-5)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -38,14 +39,15 @@ def main() -> None:
             create_attention_mask=True, tokenizer=Tokenizer(), path_to_cache=sys.argv[2] + "/own_cache",
             blend=([sys.argv[2] + "/corpus_train"], None),
         )  # fmt: skip
-        train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [40, 0, 0], megatron_patches.is_dataset_built_on_rank, config).build()
+        everywhere = partial(megatron_patches.is_dataset_built_on_rank, vp_stage=None)
+        train, _, _ = BlendedMegatronDatasetBuilder(GPTDataset, [40, 0, 0], everywhere, config).build()
         loader = torch.utils.data.DataLoader(train, batch_size=2)
         model = stock_model(attributes={"deallocate_pipeline_outputs": False})
         twin = huggingface_twin(model, rope_scaling={"rope_type": "linear", "factor": 8.0})
         seen = []
 
         def forward_step(iterator, model):
-            tokens, labels, loss_mask, attention_mask, position_ids = get_batch(iterator)
+            tokens, labels, loss_mask, attention_mask, position_ids = get_batch(iterator, None)  # as upstream calls it
             tokens, labels = tokens % 128, labels % 128  # the test model's vocabulary
             seen.append((tokens, labels, loss_mask, position_ids))
             losses = model(tokens, position_ids, attention_mask, labels=labels)
