@@ -88,7 +88,9 @@ def transformer_config(recipe: Recipe, architecture: Architecture, layout: Layou
         sequence_parallel=layout.sequence_parallel,
         overlap_p2p_comm=layout.virtual > 1,
         batch_p2p_comm=layout.virtual == 1,
-        deallocate_pipeline_outputs=layout.pipeline > 1,  # a sent activation is not held until its gradient comes
+        # A sent activation is not held until its gradient comes. Not under interleaving: its sends are still under way then, and
+        # gloo would send what has been freed (seen: another loss at PP 2 x VPP 2).
+        deallocate_pipeline_outputs=layout.pipeline > 1 and layout.virtual == 1,
         perform_initialization=False,  # every parameter is read from the checkpoint
         use_cpu_initialization=not on_gpu,
         bias_activation_fusion=on_gpu,

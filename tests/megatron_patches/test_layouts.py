@@ -48,6 +48,8 @@ FAULTS = {
     "no positions on the last stage": (2, {"pipeline_parallel": 2}),
 }
 
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for all of them
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
@@ -99,7 +101,6 @@ def compare(result, reference):
     assert result["validation"] == pytest.approx(reference["validation"], abs=1e-5)
 
 
-@pytest.mark.timeout(1200)
 def test_one_process_learns(results):
     losses = results["one"]["losses"]
     assert losses[0] - losses[-1] > 0.15, "the run must learn something, or equality proves little"
