@@ -12,7 +12,6 @@ what), 75 saved and stopped on request (SIGUSR1, SIGTERM or a file STOP in the r
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 from endprompt.errors import run_command
@@ -53,7 +52,7 @@ def dry_run(recipe: Recipe, world_size: int) -> int:
 
 
 def train(recipe: Recipe) -> int:
-    from endprompt.training.prepare import check_run_folder
+    from endprompt.training import lifecycle
     from endprompt.training.stopping import StopRequests
     from endprompt.zero3.backend import init_distributed
     from endprompt.zero3.checkpoints import ENGINE
@@ -62,12 +61,8 @@ def train(recipe: Recipe) -> int:
     folder = RunFolder(recipe)
     stop = StopRequests(folder.stop_file)  # first: a signal during the minutes of loading must not kill
     world = init_distributed()
-    with world.left_at_the_end():
-        prepared = world.together(lambda: prepare(recipe, world.size))
-        world.on_rank_0(lambda: (check_run_folder(recipe, prepared, folder, ENGINE), folder.claim()))
-        folder.check_shared(world)
-        with folder.failures_recorded() if world.rank == 0 else contextlib.nullcontext():
-            return go_on(recipe, prepared, folder, stop, world)
+    with world.left_at_the_end(), lifecycle.claimed(recipe, folder, world, ENGINE, prepare) as prepared:
+        return go_on(recipe, prepared, folder, stop, world)
 
 
 def go_on(recipe: Recipe, prepared: Prepared, folder: RunFolder, stop: StopRequests, world: World) -> int:

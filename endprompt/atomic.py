@@ -13,7 +13,8 @@ from typing import IO, Any
 from endprompt.errors import UserError
 
 
-def sync_directory(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Flush a file or a folder: after a power cut a renamed folder must not hold empty files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,7 +34,7 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_directory(path.parent)
+        sync_path(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # write() and fsync() do not say which file found the disk full
         raise
@@ -66,6 +67,6 @@ def atomic_directory(path: str | Path, *, fix: str = "choose another output fold
         if path.is_dir():
             path.rmdir()
         os.replace(temporary, path)
-        sync_directory(path.parent)
+        sync_path(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from endprompt.atomic import sync_path
 from endprompt.errors import UserError
 from endprompt.recipe import Recipe
-from endprompt.training.checkpoints import begin_save, finish_save, sync_files
+from endprompt.training.checkpoints import begin_save, finish_save
 from endprompt.training.prepare import Inputs
 from endprompt.training.run_folder import RunFolder
 from endprompt.training.world import World
@@ -134,7 +135,8 @@ class Checkpoints:
         if rank == 0:
             write_model_facts(incomplete, self.recipe, inputs.architecture, inputs.config, inputs.rope)
         mine = (path for path in incomplete.iterdir() if path.name.startswith(f"__{rank}_") or rank == 0)
-        sync_files([path for path in mine if path.is_file()])
+        for path in mine:
+            sync_path(path)
         finish_save(self.folder, self.recipe, incomplete, {"step": step, "data": inputs.data_fingerprint, "engine": ENGINE}, self.world)
 
     def _sharded(self, *, is_loading: bool) -> dict:

@@ -34,13 +34,13 @@ def main() -> int:
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="recipe it was trained with, for checkpoints of Megatron-LM")
     parser.add_argument("--positions", metavar="P,P,...", help="positions of the logits (default: four runs from 0 to the end)")
     parser.add_argument("--cast", action="store_true", help="where dtypes differ compare the numbers in the narrower one")
-    parser.add_argument("--weights-only", action="store_true", help="compare tensors only, not metadata and logits")
+    parser.add_argument("--tensors-only", action="store_true", help="compare tensors only, not metadata and logits")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write everything as JSON")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe) if arguments.recipe else None
     given = {"step": arguments.step, "hf_config": arguments.hf_config, "recipe": recipe}
     sides = [open_side(path, **given) for path in (arguments.a, arguments.b)]
-    report = verify(*sides, cast=arguments.cast, weights_only=arguments.weights_only, positions=parse_positions(arguments.positions))
+    report = verify(*sides, cast=arguments.cast, tensors_only=arguments.tensors_only, positions=parse_positions(arguments.positions))
     for name, differences in report["checks"].items():
         print(f"{name}: {'the same' if not differences else f'{len(differences)} differences'}")
         for line in differences[:SHOWN]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from endprompt.atomic import sync_directory
+from endprompt.atomic import sync_path
 from endprompt.errors import UserError
 
 SYNC_BYTES = 256 * 2**20
@@ -146,11 +146,11 @@ def run(conversion: Conversion, *, workers: int, resume: bool, quiet: bool = Fal
             _discard(partial, journal_path, keep=bool(done))
             raise
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync_path(path)
         if target.is_dir():
             target.rmdir()
         os.rename(partial, target)
-        sync_directory(target.parent)
+        sync_path(target.parent)
         journal_path.unlink()
 
 
@@ -254,11 +254,3 @@ def _check_disk(conversion: Conversion, partial: Path, target: Path) -> None:
         raise UserError(
             target, f"needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free", "free disk space or choose another --output"
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -53,20 +53,20 @@ def compare_logits(a: Side, b: Side, positions: torch.Tensor | None = None) -> V
     return verdict
 
 
-def verify(a: Side, b: Side, *, cast: bool, weights_only: bool, positions: torch.Tensor | None, quiet: bool = False) -> dict[str, Any]:
-    """{"same": bool, "checks": {name: [differences]}, "facts": {...}}. weights_only: neither metadata nor logits."""
-    checks: dict[str, list[str]] = {} if weights_only else {"metadata": compare_metadata(a, b)}
+def verify(a: Side, b: Side, *, cast: bool, tensors_only: bool, positions: torch.Tensor | None, quiet: bool = False) -> dict[str, Any]:
+    """{"same": bool, "checks": {name: [differences]}, "facts": {...}}. tensors_only: neither metadata nor logits."""
+    checks: dict[str, list[str]] = {} if tensors_only else {"metadata": compare_metadata(a, b)}
     both = sum(info.bytes for info in a.tensors.tensors.values())
     passes = 1 + sum(side.megatron is not None for side in (a, b))
     with tqdm(total=both * passes, unit="B", unit_scale=True, desc="tensors", disable=True if quiet else None) as bar:
         tensors = compare_tensors(a, b, cast=cast, progress=bar.update)
     checks["tensors"], facts = tensors.differences, tensors.facts
-    if not weights_only:
+    if not tensors_only:
         try:
             logits = compare_logits(a, b, positions)
         except (KeyError, RuntimeError, ValueError) as error:  # tensors that are missing or misshapen, and named above
             if not checks["tensors"]:
-                raise UserError(b.path, f"its logits cannot be computed ({error})", "compare with --weights-only") from None
+                raise UserError(b.path, f"its logits cannot be computed ({error})", "compare with --tensors-only") from None
             checks["logits"] = [f"cannot be computed with these tensors ({type(error).__name__})"]
         else:
             checks["logits"], facts = logits.differences, {**facts, **logits.facts}

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 import endprompt
-from endprompt.atomic import atomic_file, sync_directory, write_json
+from endprompt.atomic import atomic_file, sync_path, write_json
 from endprompt.data.indexed import bin_path, idx_path, index_bytes
 from endprompt.data.shards import Part
 from endprompt.data.shuffle import hash_numbers
@@ -196,4 +196,4 @@ def _rename(folder: Path, outputs: dict[str, Path], sidecars: dict[str, dict], s
         os.replace(folder / f"{role}.idx", idx_path(prefix))
     for role, prefix in outputs.items():
         os.replace(folder / f"{role}.json", sidecar_path(prefix))
-        sync_directory(prefix.parent)
+        sync_path(prefix.parent)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from endprompt.atomic import atomic_file, sync_directory, write_json
+from endprompt.atomic import atomic_file, sync_path, write_json
 from endprompt.errors import UserError
 from endprompt.recipe import Recipe
 from endprompt.recipe.schema import deciding_facts
@@ -128,23 +128,13 @@ def _make_room(folder: RunFolder, recipe: Recipe, incomplete: Path, parameters: 
 
 def _complete(folder: RunFolder, incomplete: Path, state: dict, keep_last: int) -> None:
     write_json(incomplete / "state.json", state)
-    sync_directory(incomplete)
+    sync_path(incomplete)
     complete = incomplete.with_suffix("")
     shutil.rmtree(complete, ignore_errors=True)  # left by a kill between the next two lines
     os.rename(incomplete, complete)
     with atomic_file(folder.checkpoints / "latest") as file:
         file.write(complete.name + "\n")
     _remove_old(folder, complete, keep_last)
-
-
-def sync_files(paths: list[Path]) -> None:
-    """Flush files: after a power cut a renamed folder must not hold empty ones."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _remove_old(folder: RunFolder, newest: Path, keep_last: int) -> None:

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from endprompt.errors import EXIT_INTERRUPTED
 from endprompt.recipe import Recipe
 from endprompt.training.checkpoints import SavedState, latest
 from endprompt.training.monitor import Monitor
-from endprompt.training.prepare import Inputs
+from endprompt.training.prepare import Inputs, check_run_folder
 from endprompt.training.run_folder import RunFolder
 from endprompt.training.world import World
+
+Prepared = TypeVar("Prepared", bound=Inputs)
+
+
+@contextlib.contextmanager
+def claimed(
+    recipe: Recipe, folder: RunFolder, world: World, engine: str, prepare: Callable[[Recipe, int], Prepared]
+) -> Iterator[Prepared]:
+    """Everything checked on every rank and the run folder claimed by rank 0, for the length of the block. Collective.
+
+    Yields what `prepare(recipe, ranks)` gives. A failure within the block is written to status.json on its way out.
+    """
+    prepared = world.together(lambda: prepare(recipe, world.size))
+    world.on_rank_0(lambda: (check_run_folder(recipe, prepared, folder, engine), folder.claim()))
+    folder.check_shared(world)
+    with folder.failures_recorded() if world.rank == 0 else contextlib.nullcontext():
+        yield prepared
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from endprompt.atomic import sync_path
 from endprompt.errors import UserError
 from endprompt.recipe import Recipe
-from endprompt.training.checkpoints import SavedState, begin_save, finish_save, sync_files
+from endprompt.training.checkpoints import SavedState, begin_save, finish_save
 from endprompt.training.run_folder import RunFolder
 from endprompt.training.world import World
 
@@ -26,7 +27,8 @@ def save(engine, folder: RunFolder, recipe: Recipe, step: int, parameters: int, 
     incomplete = begin_save(folder, recipe, step, parameters, world)
     engine.save_checkpoint(str(folder.checkpoints), tag=incomplete.name, client_state={"step": step}, save_latest=False)
     mine = (path for path in incomplete.iterdir() if f"rank_{world.rank}_" in path.name or world.rank == 0)
-    sync_files([path for path in mine if path.is_file()])
+    for path in mine:
+        sync_path(path)
     finish_save(folder, recipe, incomplete, {"step": step, "data": data, "engine": ENGINE}, world)
 
 

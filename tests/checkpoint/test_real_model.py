@@ -25,6 +25,6 @@ def test_smollm2_there_and_back(tmp_path):
     for path in source.iterdir():
         if path.name != "README.md":
             assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes(), path.name
-    report = verify(open_side(source), open_side(tmp_path / "megatron"), cast=False, weights_only=False, positions=None, quiet=True)
+    report = verify(open_side(source), open_side(tmp_path / "megatron"), cast=False, tensors_only=False, positions=None, quiet=True)
     assert report["same"], report["checks"]
     assert report["facts"]["tensors"] == 272

@@ -39,7 +39,7 @@ def test_export_of_a_run(tmp_path):
     assert rope_of_config(config) == scaling_for(recipe, rope_of_config(load_hf_config(workspace.model)))
     assert "Trained for 2 steps" in (tmp_path / "export/README.md").read_text()
     sides = open_side(tmp_path / "run"), open_side(tmp_path / "export")
-    report = verify(*sides, cast=False, weights_only=False, positions=None, quiet=True)
+    report = verify(*sides, cast=False, tensors_only=False, positions=None, quiet=True)
     assert report["same"], report["checks"]
     trained, base = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tmp_path / "export", workspace.model))
     assert trained.keys() == base.keys() and all(trained[name].shape == base[name].shape for name in base)

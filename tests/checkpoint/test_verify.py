@@ -35,7 +35,7 @@ def good(tmp_path_factory):
 
 
 def check(a, b, **options) -> dict:
-    settings = {"cast": False, "weights_only": False, "positions": None, **options}
+    settings = {"cast": False, "tensors_only": False, "positions": None, **options}
     return verify(open_side(a), open_side(b), quiet=True, **settings)
 
 
@@ -230,9 +230,9 @@ def test_stale_shard_is_named_even_against_itself(good, tmp_path):
     stale = sorted(other.glob("*.safetensors"))[1]
     shutil.copy(stale, tmp_path / "bad" / stale.name)
     names = sorted(load_file(stale))
-    report = check(good / "hf", tmp_path / "bad", weights_only=True)
+    report = check(good / "hf", tmp_path / "bad", tensors_only=True)
     assert {line.partition(":")[0] for line in report["checks"]["tensors"]} == set(names)
-    report = check(tmp_path / "bad", tmp_path / "bad", weights_only=True)
+    report = check(tmp_path / "bad", tmp_path / "bad", tensors_only=True)
     assert {line.partition(":")[0] for line in report["checks"]["tensors"]} == set(names), "the recorded digests tell"
 
 
@@ -242,7 +242,7 @@ def test_stale_part_of_a_megatron_checkpoint(good, tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert len(check(good / "hf", tmp_path / "bad", weights_only=True)["checks"]["tensors"]) >= 1
+    assert len(check(good / "hf", tmp_path / "bad", tensors_only=True)["checks"]["tensors"]) >= 1
 
 
 def test_padding_is_no_difference_unless_it_is_not_zero(good, tmp_path, monkeypatch):
@@ -261,9 +261,9 @@ def test_padding_is_no_difference_unless_it_is_not_zero(good, tmp_path, monkeypa
 
 def test_cast_compares_in_the_narrower_dtype(good, tmp_path):
     convert("to huggingface", good / "megatron", tmp_path / "bf16", dtype="bf16")
-    report = check(good / "hf", tmp_path / "bf16", weights_only=True)
+    report = check(good / "hf", tmp_path / "bf16", tensors_only=True)
     assert "dtype F32 against BF16" in report["checks"]["tensors"][0]
-    assert check(good / "hf", tmp_path / "bf16", cast=True, weights_only=True)["same"]
+    assert check(good / "hf", tmp_path / "bf16", cast=True, tensors_only=True)["same"]
 
 
 def test_command(good, tmp_path):

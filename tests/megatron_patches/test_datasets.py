@@ -25,12 +25,6 @@ def world():
         yield
 
 
-@pytest.fixture(autouse=True)
-def unpatched():
-    yield
-    megatron_patches.remove()
-
-
 class Tokenizer:
     """What GPTDatasetConfig asks a tokenizer."""
 

@@ -8,12 +8,6 @@ from megatron_patches import datasets, rotary
 from megatron_patches.guards import Patch, check_patch, check_version, resolve
 
 
-@pytest.fixture(autouse=True)
-def unpatched():
-    yield
-    megatron_patches.remove()
-
-
 @pytest.mark.parametrize("good", ["0.16.1", "0.17.0", "0.18.2rc1", "0.19.2"])
 def test_supported_versions(good):
     assert check_version(good) == tuple(int(part) for part in good.split("rc")[0].split("."))

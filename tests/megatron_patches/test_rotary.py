@@ -29,12 +29,6 @@ def world():
         yield
 
 
-@pytest.fixture(autouse=True)
-def unpatched():
-    yield
-    megatron_patches.remove()
-
-
 def jumping(scheme: str) -> torch.Tensor:
     """Positions of three samples that all differ: a terminal segment, two chunks, or random."""
     rows = []
