@@ -65,13 +65,14 @@ def test_killed_at_random_moments(corpus, tokenizer_folder, unbroken, tmp_path):
         goal = counts[-1] + rng.randint(0, 3)
         while process.is_alive() and finished_parts() < goal:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.02))  # a fast machine makes 30 parts in 0.1 s
         workers = psutil.Process(process.pid).children(recursive=True) if process.is_alive() else []
         process.kill()
         process.join()
         assert not psutil.wait_procs(workers, timeout=20)[1]  # workers notice that their parent is gone
         counts.append(finished_parts())
-    assert counts == sorted(counts) and counts[1] < counts[-1] < 120  # parts stay, and the last kill too came before the end
+    assert counts == sorted(counts) and counts[1] < counts[-1]  # parts stay
+    assert not (tmp_path / "data_train.idx").exists(), "the last kill too came before the end"
     run(job)
     assert read_files(tmp_path) == unbroken
 

@@ -30,6 +30,7 @@ def one_rank_world() -> Iterator[None]:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        cpu_backend.remove()  # the tests of other engines see torch as it is
 
 
 def stock_model(*, seed: int = 0, attention=None, model_options: dict | None = None, attributes: dict | None = None, **config_options):
