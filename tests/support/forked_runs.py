@@ -42,23 +42,26 @@ def main() -> None:
 
     def writing_since(moment: float) -> bool:
         """Tensors are on their way to the disk; before that the writer's helpers take seconds to start."""
-        for path in checkpoints.glob("step_*.incomplete/*.distcp"):
-            with contextlib.suppress(FileNotFoundError):  # renamed just now
-                if path.stat().st_mtime > moment:
-                    return True
+        with contextlib.suppress(FileNotFoundError):  # a folder renamed while it was listed, or a file before it was looked at
+            return any(path.stat().st_mtime > moment for path in checkpoints.glob("step_*.incomplete/*.distcp"))
         return False
 
     moved, whole = 0, True
     for _ in range(kills):
         before, started = pointer(), time.time()
         child = start(recipe)
-        while not writing_since(started):
-            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended before its first save"
-            assert time.time() < started + 120
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 4))
-        os.killpg(child, signal.SIGKILL)  # with the helpers that the checkpoint writer has started
-        os.waitpid(child, 0)
+        try:
+            while not writing_since(started):
+                assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended before its first save"
+                assert time.time() < started + 120, "no save began"
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0, 4))
+        finally:
+            # With the helpers that the checkpoint writer has started, and whatever went wrong: one that is left would keep our pipes.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(child, 0)
         whole = whole and pointer() >= before and (not pointer() or (checkpoints / pointer() / "state.json").exists())
         moved += pointer() > before
     print(json.dumps({"moved": moved, "whole": whole}))
