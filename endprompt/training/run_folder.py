@@ -18,13 +18,16 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from endprompt.atomic import atomic_file, write_json
 from endprompt.errors import EXIT_BAD_INPUT, UserError
 from endprompt.recipe import Recipe
-from endprompt.training.world import World
+
+if TYPE_CHECKING:  # what a login node asks of a run folder shall not cost the import of torch
+    from endprompt.training.world import World
 
 
 class RunFolder:
