@@ -115,8 +115,6 @@ submit() {
     env "${hide[@]}" sbatch --parsable "$@"
 }
 
-# submit_itself SCRIPT OPTIONS: what a script does that is run outside a job.
-submit_itself() {
-    command -v sbatch >/dev/null || die "sbatch: not found; run this on a login node of the cluster, or add --render to see what it would do"
-    say "submitted job $(submit "${@:2}" "$1")"
+need_sbatch() {
+    command -v sbatch >/dev/null || die "sbatch: not found; run this on a login node of the cluster"
 }

@@ -72,7 +72,10 @@ outside_a_job() {
         python_here tools/preflight.py head --recipe "$RECIPE" "${SETS[@]}" --engine "$ENGINE" --nodes "$nodes" \
             --processes-per-node "${PROCESSES_PER_NODE:-$gpus}" --device "$DEVICE"
         ;;
-    *) submit_itself "$3" "${@:4}" ;;
+    *)
+        need_sbatch
+        say "submitted job $(submit "${@:4}" "$3")"
+        ;;
     esac
     exit 0
 }
