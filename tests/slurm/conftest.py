@@ -1,0 +1,26 @@
+"""One cluster for the whole session: it starts in half a second and costs nothing while no job runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing
+from tests.slurm.site import Site
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def site(cluster, tmp_path_factory) -> Site:
+    return Site(tmp_path_factory.mktemp("site"), cluster)
