@@ -29,8 +29,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is also how long a requeued job waits before it may start again (default: 120 s)
-AuthInfo=socket={path}/munge.sock,cred_expire=3
+# cred_expire is also how long a requeued job waits before it may start again (default: 120 s, which smaller values than 5 give too)
+AuthInfo=socket={path}/munge.sock,cred_expire=5
 StateSaveLocation={path}/state
 SlurmdSpoolDir={path}/spool/%n
 SlurmctldPidFile={path}/slurmctld.pid
@@ -47,7 +47,7 @@ MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
 SlurmdTimeout=10
-KillWait=5
+KillWait=3
 EnforcePartLimits=ALL
 MinJobAge=86400
 SchedulerParameters=sched_interval=1,bf_interval=1

@@ -15,7 +15,7 @@ from tests.support.workspace import ROOT, quiet_environment, read_log
 
 TINY = (
     "model.architecture=custom model.original_length=128 target_length=1024 positions.physical_length=64 positions.displaced_length=12 "
-    "data.validation_samples=4 training.tokens=null training.global_batch_size=4 training.learning_rate=1e-3 training.warmup_steps=2 "
+    "data.validation_samples=4 training.tokens=null training.global_batch_size=4 training.micro_batch_size=1 training.learning_rate=1e-3 training.warmup_steps=2 "
     "training.precision=fp32 output.export_dtype=fp32 output.validation_interval=1000 output.keep_last=2"
 )
 """The one variable (OVERRIDES) that makes a script's run tiny; steps, layout and save interval are each test's own."""
@@ -28,8 +28,8 @@ class Site:
         self.path, self.cluster = path, cluster
         for name in ("checkpoints", "data", "runs", "logs"):
             (path / name).mkdir()
-        corpus = path / "corpus.txt"
-        corpus.write_text("\n---\n".join(f"Chapter {number}. {PARAGRAPH} {PARAGRAPH}" for number in range(300)))
+        corpus = path / "corpus.jsonl"
+        corpus.write_text("".join(json.dumps({"text": f"Chapter {n}. {PARAGRAPH} {PARAGRAPH}"}) + "\n" for n in range(300)))
         self.settings = {
             "SBATCH_PARTITION": "h100", "CHECKPOINTS": path / "checkpoints", "DATA": path / "data", "RUNS": path / "runs",
             "PYTHON": sys.executable, "DEVICE": "cpu", "PROCESSES_PER_NODE": "1", "CORPUS": corpus, "HANG_TIMEOUT": "60",
@@ -61,7 +61,7 @@ class Site:
         """What slurm/prepare.sh would write, without a job."""
         if not (self.path / "data" / "llama3_train.idx").exists():
             model = self.make_model()
-            command = ["tools/prepare_data.py", "--input", self.settings["CORPUS"], "--separator", "---", "--tokenizer", model,
+            command = ["tools/prepare_data.py", "--input", self.settings["CORPUS"], "--tokenizer", model,
                        "--output", self.path / "data" / "llama3", "--validation-documents", "20", "--workers", "1"]  # fmt: skip
             subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
 

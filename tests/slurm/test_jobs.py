@@ -1,0 +1,184 @@
+"""Jobs on a real SLURM with the real training code: the whole way, and what can happen to a job on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.slurm.site import Run, Site, kill, signal_batch
+from tests.support.workspace import ROOT
+
+RUN_8B = "training.steps=60 output.save_interval=4"
+MEGATRON = (
+    "training.steps=6 output.save_interval=3 megatron.tensor_parallel=1 megatron.pipeline_parallel=2 megatron.virtual_pipeline=1 "
+    "megatron.context_parallel=1"
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(site) -> Site:
+    """A site with the tiny model under the name of the 8B one, and its data."""
+    site.make_model()
+    site.make_data()
+    return site
+
+
+@pytest.fixture(scope="module")
+def unbroken(prepared) -> list[tuple[int, float]]:
+    """The loss history of the 8B recipe on two ranks of this machine, without SLURM and without a break."""
+    overrides = [*prepared.environment(RUN_8B)["OVERRIDES"].split(), f"output.directory={prepared.path}/runs/unbroken"]
+    sets = [word for override in overrides for word in ("--set", override)]
+    command = [sys.executable, "ds_train.py", "--recipe", "recipes/llama3_8b_64k.yaml", "--nproc-per-node", "2", *sets]
+    environment = {**prepared.environment(), **{name: str(prepared.settings[name]) for name in ("CHECKPOINTS", "DATA", "RUNS")}}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return Run(prepared.path / "runs" / "unbroken").history
+
+
+class Victim:
+    """One job on a run, and what is done to it."""
+
+    def __init__(self, site: Site, name: str, *options: str):
+        self.site, self.cluster, self.run = site, site.cluster, site.run(name)
+        self.job = site.submit("slurm/extend_8b_64k.sh", "--nodes=2", *options, overrides=f"{RUN_8B} output.directory={self.run.path}")
+
+    def reach(self, step: int) -> None:
+        self.cluster.wait(lambda: self.run.step >= step, 120, f"step {step}; now {self.run.step}\n{self.site.log(self.job)[-3000:]}")
+
+    def restarted(self, times: int) -> None:
+        """Until the job has started `times` times more than once, and is past the point where it was interrupted."""
+        self.cluster.wait(
+            lambda: sum(event["event"] == "start" for event in self.run.attempts) > times, 120,
+            f"restart {times}\n{self.site.log(self.job)[-3000:]}",
+        )  # fmt: skip
+
+    @property
+    def nodes(self) -> list[str]:
+        return self.run.attempts[-1]["nodes"]
+
+    def rank_on(self, node: str) -> list[int]:
+        return self.cluster.processes(node, "ds_train.py --recipe")
+
+    def while_saving(self) -> None:
+        """Until a checkpoint is being written."""
+        self.cluster.wait(lambda: list(self.run.path.glob("checkpoints/*.incomplete")), 60, "a save")
+
+
+@pytest.mark.timeout(600)
+def test_one_run_survives_everything(prepared, unbroken):
+    """One run through a time limit's signal, a user's requeue, deaths of ranks, of a node and of a slurmd: one history, bit by bit."""
+    victim = Victim(prepared, "survivor")
+    cluster, job = victim.cluster, victim.job
+
+    victim.reach(5)
+    signal_batch(cluster, job)
+    victim.restarted(1)
+
+    victim.reach(10)
+    cluster.output("scontrol", "requeue", job)
+    victim.restarted(2)
+
+    bad = victim.nodes[1]
+    victim.reach(15)
+    victim.while_saving()
+    kill(victim.rank_on(bad))
+    victim.restarted(3)
+
+    assert bad in victim.nodes
+    victim.reach(21)
+    kill(victim.rank_on(bad))
+    victim.restarted(4)
+    assert bad not in victim.nodes and bad in cluster.job(job)["ExcNodeList"], "it was the first to fail, twice"
+
+    victim.reach(26)
+    batch_host = cluster.job(job)["BatchHost"]
+    cluster.power_off(batch_host)
+    victim.restarted(5)
+    assert batch_host not in victim.nodes
+
+    victim.reach(31)
+    other = next(node for node in victim.nodes if node != cluster.job(job)["BatchHost"])
+    os.kill(int((cluster.path / f"{other}.pid").read_text()), signal.SIGKILL)  # the daemon alone; found after SlurmdTimeout
+    victim.restarted(6)
+
+    prepared.wait_for(job, "COMPLETED", 120)
+    assert victim.run.history == unbroken, "no step lost, none repeated, the same losses"
+    reasons = victim.run.reasons
+    assert "time limit or preemption" in reasons[0] and f"on {bad} ended first, with exit code 137" in " ".join(reasons)
+
+    cluster.output("scontrol", "requeue", job)  # SLURM may start a finished job again
+    cluster.wait(lambda: "finished already at step 60" in prepared.log(job), 60, "the finished job ended at once")
+    prepared.wait_for(job, "COMPLETED", 60)
+    assert victim.run.history == unbroken
+
+
+@pytest.mark.timeout(400)
+def test_a_preempted_job_comes_back_and_a_cancelled_one_does_not(prepared, unbroken):
+    victim = Victim(prepared, "preempted", "--nodelist=node15,node16")
+    cluster, job = victim.cluster, victim.job
+    victim.reach(5)
+    urgent = cluster.output(
+        "sbatch", "--parsable", "--partition=urgent", "--nodelist=node15,node16", "--nodes=2", "--exclusive", "--output=/dev/null",
+        "--wrap", "sleep 1",
+    )  # fmt: skip
+    prepared.wait_for(urgent, "COMPLETED", 90)
+    victim.restarted(1)
+    reached = victim.run.step
+    victim.reach(reached + 3)
+    cluster.output("scancel", job)
+    prepared.wait_for(job, "CANCELLED", 60)
+    time.sleep(3)
+    assert cluster.job(job)["JobState"] == "CANCELLED"
+    history = victim.run.history
+    assert len(history) >= reached + 3 and history == unbroken[: len(history)]
+
+
+@pytest.mark.timeout(400)
+def test_the_whole_way_of_a_70b_job(prepared):
+    """bash slurm/pipeline.sh: a Megatron checkpoint and text in; a trained, exported, evaluated model out, on Megatron-Core."""
+    site = prepared
+    source = site.path / "megatron_source"
+    hf = site.make_model("Meta-Llama-3-8B")
+    subprocess.run([sys.executable, "tools/hf_to_megatron.py", "--input", hf, "--output", source], cwd=ROOT, check=True, capture_output=True)
+    run = site.run("pipeline")
+    site.write_settings(SOURCE_CHECKPOINT=source, DATA=site.path / "data70b")
+    (site.path / "data70b").mkdir()
+    overrides = f"{MEGATRON} output.directory={run.path}"
+    log = f"--output={site.path}/logs/%x-%j.log"
+    started = site.bash(
+        "slurm/pipeline.sh", "slurm/extend_70b_128k.sh", "--nodes=2", overrides=overrides, SBATCH_OUTPUT=log.removeprefix("--output="),
+        EVALUATION_OPTIONS="--cases 2 --distances 64 900 --dtype fp32",
+    )  # fmt: skip
+    site.write_settings(DATA=site.path / "data")
+    assert started.returncode == 0, started.stderr
+    jobs = dict(line.split(" job ") for line in started.stdout.splitlines() if " job " in line)
+    jobs = {name.strip(): number.strip() for name, number in jobs.items()}
+    assert list(jobs) == ["convert", "prepare", "train", "evaluate"]
+    for name, number in jobs.items():
+        site.wait_for(number, "COMPLETED", 150)
+        assert name
+    assert (site.path / "checkpoints" / "Meta-Llama-3-70B" / "model.safetensors").exists() and len(run.history) == 6
+    config = json.loads((run.path / "export" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 1024
+    report = json.loads((run.path / "evaluation" / "report.json").read_text())
+    assert {"base", "extended"} <= set(json.dumps(report).replace('"', " ").split())
+
+
+def test_what_no_restart_mends_ends_in_one_line(prepared):
+    site = prepared
+    overrides = f"{RUN_8B} output.directory={site.path}/runs/bad data.train.0.path={site.path}/data/absent"
+    job = site.submit("slurm/extend_8b_64k.sh", "--nodes=2", overrides=overrides)
+    site.wait_for(job, "FAILED", 90)
+    log = site.log(job)
+    assert log.count("error: ") == 1 and f"{site.path}/data/absent" in log and "given up: bad input" in log
+    assert "Traceback" not in log and cluster_restarts(site, job) == 0
+
+
+def cluster_restarts(site: Site, job: str) -> int:
+    return int(site.cluster.job(job)["Restarts"])
