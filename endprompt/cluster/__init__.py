@@ -1,0 +1,1 @@
+"""What runs around training on a SLURM cluster."""
