@@ -13,26 +13,28 @@ from endprompt.errors import UserError
 Records = dict[str, dict[str, Any]]
 
 
-def check_alike(head: dict[str, Any], found: Records, skew: float) -> Iterable[Finding]:
-    """head: its versions decide where the nodes are split into equal halves. skew: of clocks, in seconds."""
-    with_gpus = {node: record["gpus"] for node, record in found.items() if record["gpus"] and "names" in record["gpus"]}
-    hardware = {node: {"GPUs": _kinds(gpus["names"]), "driver": gpus["driver"] or "unknown"} for node, gpus in with_gpus.items()}
+def check_alike(gpus: int | None, head: dict[str, Any], found: Records, skew: float) -> Iterable[Finding]:
+    """gpus: asked for, so that their number is held against that and not here. head: its versions decide where the nodes are
+    split into equal halves. skew: of clocks, in seconds."""
+    hardware = {node: _hardware(record["gpus"], counted=gpus is None) for node, record in found.items()}
     yield from _odd_ones(hardware, {}, "ask for nodes of one kind (sbatch --constraint)")
     versions = {node: record["versions"] for node, record in found.items()}
     yield from _odd_ones(versions, head["versions"], "use one container image or one environment on all nodes")
     yield from _clocks({node: record["clock_at_meeting"] for node, record in found.items() if "clock_at_meeting" in record}, skew)
 
 
-def _kinds(names: list[str]) -> str:
-    """["A", "A", "B"] -> "2 x A + 1 x B"."""
-    return " + ".join(f"{count} x {name}" for name, count in sorted(Counter(names).items()))
+def _hardware(gpus: dict[str, Any] | None, *, counted: bool) -> dict[str, str]:
+    if not gpus or not gpus["names"]:
+        return {"GPUs": "none", "driver": "none"} if counted else {}  # too few: says the check of their number
+    kinds = sorted(Counter(gpus["names"]).items())
+    return {"GPUs": " + ".join(f"{count} x {name}" if counted else name for name, count in kinds), "driver": gpus["driver"] or "unknown"}
 
 
 def _odd_ones(facts: dict[str, dict[str, str]], preferred: dict[str, str], remedy: str) -> Iterable[Finding]:
     """One line for each node that differs from most; where no value has most, one line that names all and blames none."""
     differences: dict[str, list[str]] = {}
     for key in sorted({key for values in facts.values() for key in values}):
-        values = {node: node_facts.get(key, "absent") for node, node_facts in facts.items()}
+        values = {node: node_facts.get(key, "absent") for node, node_facts in facts.items() if node_facts}
         usual = _usual(list(values.values()), preferred.get(key))
         if usual is None:
             words = ", ".join(f"{node} {value}" for node, value in values.items())

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from endprompt.atomic import write_json
 from endprompt.cluster.preflight import machine, records
 from endprompt.commands import ROOT
@@ -134,6 +136,8 @@ def check(job: Job, recipe: Recipe) -> Checks:
 def prepare(job: Job, recipe: Recipe) -> Inputs:
     """What the engine itself does at its start, on every rank. Raises UserError."""
     if job.engine == "deepspeed":
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # unset on a login node, DeepSpeed warns that it found no GPU
         from endprompt.zero3.prepare import prepare as engine_prepare
 
         return engine_prepare(recipe, job.ranks)

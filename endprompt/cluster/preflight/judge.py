@@ -83,7 +83,7 @@ def examine(
     yield from unless_systemic(nodes, _too_few_gpus(wanted, found, explained))
     yield from _ecc(found)
     yield from unless_systemic(nodes, _no_room(found))
-    yield from check_alike(head, found, wanted.skew)
+    yield from check_alike(wanted.gpus, head, found, wanted.skew)
     yield from check_within(wanted.minimum, found, all_reduce)
     if all_reduce is not None:
         yield from check_all_reduce(wanted.minimum, all_reduce)
