@@ -1,0 +1,1 @@
+"""What a run needs on a cluster: preflight, restarts, status."""
