@@ -7,7 +7,10 @@ import statistics
 from dataclasses import dataclass
 
 RECENT = 40
-"""Logged steps that speed and the trend of the loss are taken from."""
+"""Logged steps that the speed is taken from."""
+
+TREND = 100
+"""Logged steps that the trend of the loss is taken from: batches differ more than two neighbouring weights."""
 
 WANTED = ("stopped", "finished")
 """Verdicts after which somebody wanted the pause: nothing was lost."""
@@ -83,7 +86,7 @@ def loss_trend(lines: list[dict]) -> tuple[float | None, int | None, str | None]
 
     word: falling, rising or flat, where flat is within twice the standard error; None for fewer than 8 lines.
     """
-    recent = [line for line in lines[-RECENT:] if _number(line.get("loss"))]
+    recent = [line for line in lines[-TREND:] if _number(line.get("loss"))]
     if len(recent) < 8:
         return None, None, None
     losses, half = [line["loss"] for line in recent], len(recent) // 2

@@ -21,13 +21,13 @@ SILENCE_SECONDS = 600
 STARTUP_SECONDS = 1800
 """The same before the first step of a start: loading 70B, converting a checkpoint to another number of ranks, compiling."""
 
-OWN_FILES = ("recipe.yaml", "status.json", "log.jsonl", "attempts.jsonl", "checkpoints", "STOP")
+OWN_FILES = ("recipe.yaml", "status.json", "log.jsonl", "attempts.jsonl", "checkpoints", "STOP", ".lock")
 RECENT_RESTARTS = 3
 
 
 @dataclass(frozen=True)
 class Status:
-    """None: not known, or not there. Times are Unix seconds.
+    """None: not known, or not there. mfu: a fraction.
 
     state: running, finished, interrupted, stopped, failed as status.json has it; `not started`; `probably dead` (running, but
     silent for too long); from attempts.jsonl `starting` (a job began, no step yet) and `requeued` (ended, waits to run again).
@@ -184,7 +184,7 @@ def _restarts(attempts: list[dict]) -> list[dict]:
             end = attempts[index - 1] if attempts[index - 1]["event"] == "end" else {}
             found.append(
                 {
-                    "time": event["time"], "job": str(event.get("job")), "step": event.get("step"), "verdict": end.get("verdict"),
+                    "unix_seconds": event["time"], "job": str(event.get("job")), "step": event.get("step"), "verdict": end.get("verdict"),
                     "exit_code": end.get("exit_code"), "excluded": _names(end.get("excluded")),
                     "reason": end.get("reason") or "no end was written: the first node died, or the job was cancelled",
                 }

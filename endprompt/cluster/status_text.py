@@ -38,7 +38,7 @@ def _state(status: Status) -> str:
 
 
 def _progress(status: Status) -> str:
-    of = f" of {status.steps:,} ({status.percent:.1f} %)" if status.steps and status.percent is not None else ""
+    of = f" of {status.steps:,} ({status.percent:.1f}%)" if status.steps and status.percent is not None else ""
     return f"step {status.step:,}{of}" + (f", {amount(status.tokens)} tokens" if status.tokens else "")
 
 
@@ -94,7 +94,7 @@ def _starts(status: Status) -> str:
 
 
 def _restart(entry: dict) -> str:
-    when = time.strftime("%m-%d %H:%M", time.localtime(entry["time"]))
+    when = time.strftime("%m-%d %H:%M", time.localtime(entry["unix_seconds"]))
     excluded = f"; excluded {', '.join(entry['excluded'])}" if entry["excluded"] else ""
     step = f"from step {entry['step']:,}" if isinstance(entry["step"], int) else "again"
     return f"{when} {step}: {entry['reason']}{excluded}"

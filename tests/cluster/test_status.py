@@ -242,6 +242,9 @@ def test_the_launcher_has_the_last_word_on_a_job_that_ended(run, verdict, state)
 def test_not_started(run):
     found = run.read()
     assert (found.state, found.step, found.left_seconds, found.restarts) == ("not started", 0, None, 0)
+    (run.path / "recipe.yaml").unlink()
+    (run.path / ".lock").touch()  # all that is there while the first start loads
+    assert (run.read().state, run.read().recipe) == ("not started", "run")
     (run.path / "STOP").touch()
     assert "STOP is there" in block(run.read()) and "none yet" in block(run.read())
 
@@ -312,7 +315,7 @@ def test_command_shows_one_several_and_json(run, tmp_path):
     other = Folder(tmp_path / "other")
     other.steps(3)
     one, many, as_json = tool(run.path), tool(run.path, other.path), tool(run.path, "--json")
-    assert one.returncode == 0 and "step 20 of 100 (20.0 %), 20 k tokens" in one.stdout
+    assert one.returncode == 0 and "step 20 of 100 (20.0%), 20 k tokens" in one.stdout
     assert len(many.stdout.splitlines()) == 3 and str(other.path) in many.stdout  # the same recipe twice: folders
     facts = json.loads(as_json.stdout)
     assert (facts["step"], facts["checkpoint_bytes"], facts["mfu"]) == (20, 5002, 0.4)
