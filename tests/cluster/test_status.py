@@ -5,72 +5,14 @@ The folders are made by hand; a real run is looked at in tests/zero3/test_traini
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import time
-from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
-import yaml
 
-from endprompt.cluster.status import SILENCE_SECONDS, STARTUP_SECONDS, Status, read
-from endprompt.cluster.status_text import amount, block, duration, table
+from endprompt.cluster.status import SILENCE_SECONDS, STARTUP_SECONDS
+from endprompt.cluster.status_text import block
 from endprompt.errors import UserError
-from tests.support.workspace import ROOT
-
-TOOL = [sys.executable, str(ROOT / "tools" / "run_status.py")]
-BEGAN = 1_764_053_000.0
-TOKENS = 1000
-
-
-class Folder:
-    """A run folder made by hand. Steps take 10 s; the clock says `now`."""
-
-    def __init__(self, path: Path):
-        self.path, self.now, self.step = path, BEGAN, 0
-        path.mkdir(parents=True)
-        (path / "recipe.yaml").write_text(yaml.safe_dump({"name": "tiny", "output": {"save_interval": 10}}))
-
-    def status(self, **facts) -> None:
-        path = self.path / "status.json"
-        old = json.loads(path.read_text()) if path.exists() else {}
-        stamp = datetime.fromtimestamp(self.now, UTC).strftime("%Y-%m-%dT%H:%M:%S%z")
-        path.write_text(json.dumps({"steps": 100, "starts": 1, **old, **facts, "updated": stamp}))
-
-    def steps(self, number: int, seconds: float = 10.0, wait: float = 0.0) -> None:
-        """`number` more steps; before the first one `wait` seconds pass."""
-        self.now += wait
-        for _ in range(number):
-            self.step, self.now = self.step + 1, self.now + seconds
-            self.log(
-                step=self.step, loss=3 - self.step / 100, tokens=self.step * TOKENS, tokens_per_second=TOKENS / seconds,
-                step_seconds=seconds, mfu=0.4, time=self.now,
-            )  # fmt: skip
-        self.status(state="running", step=self.step)
-
-    def log(self, **entry) -> None:
-        self._append("log.jsonl", entry)
-
-    def event(self, event: str, **facts) -> None:
-        self._append("attempts.jsonl", {"event": event, "time": self.now, "job": "123", "restart": 0, **facts})
-
-    def _append(self, name: str, entry: dict) -> None:
-        with open(self.path / name, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def save(self, step: int, size: int = 5000) -> None:
-        path = self.path / "checkpoints" / f"step_{step:08d}"
-        (path / "tensors").mkdir(parents=True)
-        (path / "tensors" / "rank_0").write_bytes(bytes(size))
-        (path / "state.json").write_text("{}")
-        os.utime(path / "state.json", (self.now, self.now))
-        (self.path / "checkpoints" / "latest").write_text(path.name + "\n")
-
-    def read(self, later: float = 0.0) -> Status:
-        return read(self.path, self.now + later)
+from tests.support.run_folders import BEGAN, TOKENS, Folder
 
 
 @pytest.fixture
@@ -303,64 +245,3 @@ def test_unknown_events_and_fields_are_left_alone(run):
     run.event("start", nodes="node[01-02]", color="red")
     found = run.read()
     assert (found.starts, found.nodes) == (1, ["node[01-02]"])
-
-
-def tool(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([*TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=60)
-
-
-def test_command_shows_one_several_and_json(run, tmp_path):
-    run.steps(20)
-    run.save(20)
-    other = Folder(tmp_path / "other")
-    other.steps(3)
-    one, many, as_json = tool(run.path), tool(run.path, other.path), tool(run.path, "--json")
-    assert one.returncode == 0 and "step 20 of 100 (20.0%), 20 k tokens" in one.stdout
-    assert len(many.stdout.splitlines()) == 3 and str(other.path) in many.stdout  # the same recipe twice: folders
-    facts = json.loads(as_json.stdout)
-    assert (facts["step"], facts["checkpoint_bytes"], facts["mfu"]) == (20, 5002, 0.4)
-    listed = json.loads(tool(run.path, other.path, tmp_path / "absent", "--json").stdout)
-    assert [entry.get("step") for entry in listed] == [20, 3, None] and "is no folder" in listed[2]["error"]
-
-
-def test_command_refuses_what_is_no_run_in_one_line(run, tmp_path):
-    run.steps(2)
-    (tmp_path / "empty").mkdir()
-    for folder in (tmp_path / "empty", tmp_path / "absent", run.path / "log.jsonl"):
-        refused = tool(folder)
-        assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1) and str(folder) in refused.stderr
-    mixed = tool(tmp_path / "empty", run.path)
-    assert mixed.returncode == 2 and "tiny" in mixed.stdout and mixed.stderr.count("\n") == 1
-    assert tool(run.path, "--watch", "0").returncode == 2
-
-
-def test_command_watches_until_it_is_interrupted(run):
-    run.steps(2)
-    command = [*TOOL, str(run.path), "--json", "--watch", "0.05"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    first, second = (json.loads(process.stdout.readline()) for _ in range(2))
-    process.send_signal(2)
-    _, errors = process.communicate(timeout=30)
-    assert first["step"] == second["step"] == 2 and (process.returncode, errors) == (0, "")
-
-
-def test_a_login_node_answers_at_once(run):
-    """A long log and a checkpoint of many files; and nothing heavy is imported."""
-    run.steps(20_000)
-    path = run.path / "checkpoints" / "step_00000010"
-    path.mkdir(parents=True)
-    for rank in range(600):
-        (path / f"rank_{rank}").touch()
-    (path / "state.json").write_text("{}")
-    (run.path / "checkpoints" / "latest").write_text(path.name)
-    began = time.monotonic()
-    found = run.read()
-    assert time.monotonic() - began < 1 and found.step == 20_000 and found.checkpoint_step == 10
-    code = "import sys; import endprompt.cluster.status_text; sys.exit({'torch', 'numpy', 'pydantic'} & set(sys.modules) != set())"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_table_and_units():
-    assert [duration(s) for s in (-1, 59, 3599, 7260, 200_000)] == ["0 s", "59 s", "59 min", "2 h 1 min", "2 d 7 h"]
-    assert [amount(n) for n in (12, 1.07e9, 30_000)] == ["12 ", "1.07 G", "30 k"]
-    assert table([]).startswith("run")
