@@ -84,10 +84,10 @@ def verify(file: Path, without: set[str], gpu: bool) -> list[str]:
     if problem := web_toolkit():
         problems.append(problem)
     for module, name in NEEDED.items():
+        if name == "apex" and problem:
+            continue  # said already
         if name in without and name in FROM_IMAGE and name not in now:
             print(f"note: {name} is not there, as allowed", file=sys.stderr)
-        elif name == "apex" and problem:
-            continue  # said already
         elif failure := import_failure(module):
             if "libcuda.so" in failure and not gpu:  # no driver while an image is built; it comes from the node
                 print(f"note: {module} wants the GPU driver; check it on a node with --gpu", file=sys.stderr)
@@ -127,12 +127,13 @@ def web_toolkit() -> str | None:
 
 
 def import_failure(module: str, then: str = "") -> str | None:
-    """The last line of what `import module` says when it fails, in a process of its own: a broken extension may kill it."""
+    """What `import module` says when it fails, in one line. In a process of its own: a broken extension may kill it."""
     code = f"import {module}{then}"
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     if result.returncode == 0:
         return None
-    return (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+    lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+    return next((line for line in lines if "libcuda.so" in line), lines[-1])  # libraries wrap that one in messages of their own
 
 
 def parse_arguments() -> argparse.Namespace:
