@@ -128,8 +128,9 @@ class RunFolder:
             file.writelines(line + "\n" for line in kept)
 
     def append_log(self, entry: dict) -> None:
+        """Add one line, with `time` (Unix seconds): only so can be told later what saves and restarts cost."""
         with open(self.log, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({**entry, "time": round(time.time(), 2)}) + "\n")
 
     def wandb_id(self) -> str:
         """One wandb run across restarts: made once, kept in the folder."""
