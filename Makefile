@@ -3,7 +3,7 @@
 # containers that have everything installed.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint arms
+.PHONY: help setup demo test soak bench lint arms
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
@@ -36,6 +36,9 @@ demo: $(READY) ## extend a real checkpoint from 8K to 64K and show before and af
 
 test: $(READY) ## run the tests
 	@$(PY) -m pytest $(ARGS)
+
+soak: $(READY) ## run the long tests on a SLURM cluster: twenty kills, time limit, hanging ranks
+	@SOAK=1 $(PY) -m pytest tests/slurm/test_soak.py --timeout=3600 -s $(ARGS)
 
 bench: $(READY) ## measure speed and memory against the ordinary ways
 	@$(PY) benchmarks/run.py $(ARGS)

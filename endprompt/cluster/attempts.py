@@ -10,11 +10,12 @@ A start without an end is an attempt that took the batch script with it: its nod
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from endprompt.errors import UserError
+from endprompt.cluster.run_files import read_lines
 
 
 @dataclass(frozen=True)
@@ -55,40 +56,27 @@ def record_end(run: Path, job: str, restart: int, facts: dict) -> None:
 def _append(run: Path, event: dict) -> None:
     run.mkdir(parents=True, exist_ok=True)
     file = attempts_file(run)
-    torn = file.exists() and not file.read_bytes().endswith(b"\n")
-    with open(file, "a") as stream:  # one write: a reader sees the line whole or not at all
-        stream.write(("\n" if torn and file.stat().st_size else "") + json.dumps({**event, "time": time.time()}) + "\n")
+    written = file.read_bytes() if file.exists() else b""
+    whole = written[: written.rfind(b"\n") + 1]
+    if whole != written:  # the batch host died while it wrote
+        os.truncate(file, len(whole))
+    with open(file, "a") as stream:
+        stream.write(json.dumps({**event, "time": time.time()}) + "\n")
 
 
 def read_attempts(run: Path) -> list[Attempt]:
-    """All attempts, oldest first. A line torn by a crash is skipped; raises UserError for one that makes no sense."""
-    file = attempts_file(run)
-    if not file.exists():
-        return []
-    starts: list[dict] = []
-    ends: dict[tuple[str, int], dict] = {}
-    lines = file.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        try:
-            key = (str(event["job"]), int(event["restart"]))
-            float(event["time"]), int(event["step"])
-            if event["event"] == "start":
-                starts.append({**event, "nodes": [str(node) for node in event["nodes"]]})
-            else:
-                ends[key] = {**event, "verdict": str(event["verdict"]), "reason": str(event["reason"])}
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{file}: line {number}", "is no event of an attempt", "remove the line") from None
+    """All attempts, oldest first. A torn last line is left out; raises UserError for one that makes no sense."""
+    needs = {"event": str, "job": str, "restart": int, "time": (int, float), "step": int}
+    events = read_lines(attempts_file(run), needs)
+    starts = [event for event in events if event["event"] == "start"]
+    ends = {(event["job"], event["restart"]): event for event in events if event["event"] == "end"}
     attempts = []
     for index, start in enumerate(starts):
-        key = (str(start["job"]), int(start["restart"]))
-        end = ends.get(key)
+        key = (start["job"], start["restart"])
         following = starts[index + 1]["step"] if index + 1 < len(starts) else checkpoint_step(run)
+        end = ends.get(key)
         last = end["step"] if end else following
-        attempts.append(Attempt(*key, tuple(start["nodes"]), float(start["time"]), int(start["step"]), int(last), end))
+        attempts.append(Attempt(*key, tuple(start.get("nodes", [])), start["time"], start["step"], last, end))
     return attempts
 
 

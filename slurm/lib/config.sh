@@ -28,7 +28,7 @@ load_config() {
     set -u +a
     : "${SBATCH_ACCOUNT:=}" "${SBATCH_PARTITION:=}" "${CONTAINER_IMAGE:=}" "${CONTAINER_MOUNTS:=}" "${CORPUS:=}" "${EVALUATION_TEXT:=}"
     : "${PYTHON:=$([[ $CONTAINER_IMAGE ]] && echo python || echo .venv/bin/python)}" "${WANDB_MODE:=disabled}" "${EVALUATE:=yes}"
-    : "${HANG_TIMEOUT:=1800}" "${MAX_IDLE:=3}" "${MAX_RESTARTS:=50}" "${DEVICE:=gpu}" "${PROCESSES_PER_NODE:=}"
+    : "${HANG_TIMEOUT:=1800}" "${MAX_IDLE:=3}" "${MAX_RESTARTS:=50}" "${DEVICE:=cuda}" "${PROCESSES_PER_NODE:=}"
     : "${SOURCE_CHECKPOINT:=}" "${MIN_ALL_REDUCE_GBPS:=}" "${OVERRIDES:=}" "${ENGINE:=}"
     export OVERRIDES ENGINE
     check_values
@@ -58,7 +58,7 @@ check_values() {
         die "$CONFIG: PROCESSES_PER_NODE: $PROCESSES_PER_NODE is no positive whole number; leave it empty for one per GPU"
     one_of WANDB_MODE disabled offline online
     one_of EVALUATE yes no
-    one_of DEVICE gpu cpu
+    one_of DEVICE cuda cpu
     check_container
     local partitions
     # Where sinfo answers at all: on a laptop there may be none, or one without a cluster.

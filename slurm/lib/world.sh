@@ -5,7 +5,7 @@
 describe_world() {
     RESTART=${SLURM_RESTART_COUNT:-0}
     if [[ -z $PROCESSES_PER_NODE ]]; then
-        [[ $DEVICE == gpu ]] || die "$CONFIG: PROCESSES_PER_NODE: is empty, and DEVICE=cpu has no GPUs to count; give a number"
+        [[ $DEVICE == cuda ]] || die "$CONFIG: PROCESSES_PER_NODE: is empty, and DEVICE=cpu has no GPUs to count; give a number"
         PROCESSES_PER_NODE=${SLURM_GPUS_ON_NODE:-}
         [[ $PROCESSES_PER_NODE =~ ^[1-9][0-9]*$ ]] || die "$CONFIG: PROCESSES_PER_NODE: SLURM does not say how many GPUs a node has; give a number"
     fi

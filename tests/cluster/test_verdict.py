@@ -166,5 +166,5 @@ def test_a_torn_line_is_no_obstacle_and_a_wrong_one_is_named(job):
     assert [attempt.restart for attempt in read_attempts(job.run)] == [0, 1]
     with open(attempts_file(job.run), "a") as file:
         file.write('{"event": "start", "job": "7"}\n')
-    with pytest.raises(UserError, match="attempts.jsonl: line 4: is no event"):
+    with pytest.raises(UserError, match="attempts.jsonl, line 3: has restart None"):
         read_attempts(job.run)

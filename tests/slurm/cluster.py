@@ -142,6 +142,8 @@ class Cluster:
 
     def processes(self, node: str, words: str) -> list[int]:
         """Processes on a node whose command line holds `words`."""
+        if not self.is_on(node):
+            return []
         name = os.readlink(f"/proc/{int((self.path / f'{node}.pid').read_text())}/ns/uts")
         found = []
         for process in Path("/proc").glob("[0-9]*"):
@@ -150,6 +152,9 @@ class Cluster:
                 if os.readlink(process / "ns/uts") == name and words in command:
                     found.append(int(process.name))
         return sorted(found)
+
+    def is_on(self, node: str) -> bool:
+        return (self.path / f"{node}.pid").exists()
 
     def idle(self) -> list[str]:
         return sorted(set(self.output("sinfo", "-h", "-N", "-p", "h100", "-t", "idle", "-o", "%N").split()))

@@ -122,6 +122,8 @@ class Run:
 
     @property
     def attempts(self) -> list[dict]:
+        if not (self.path / "attempts.jsonl").exists():
+            return []
         return [json.loads(line) for line in (self.path / "attempts.jsonl").read_text().splitlines()]
 
     @property

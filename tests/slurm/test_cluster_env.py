@@ -56,7 +56,7 @@ def test_without_it_one_line_says_what_to_do(tmp_path, script):
         ("CONTAINER_IMAGE", "/no/image.sqsh", "CONTAINER_IMAGE: no file /no/image.sqsh"),
         ("WANDB_MODE", "on", "WANDB_MODE: on is none of disabled offline online"),
         ("EVALUATE", "maybe", "EVALUATE: maybe is none of yes no"),
-        ("DEVICE", "tpu", "DEVICE: tpu is none of gpu cpu"),
+        ("DEVICE", "tpu", "DEVICE: tpu is none of cuda cpu"),
         ("HANG_TIMEOUT", "1h", "HANG_TIMEOUT: 1h is no positive whole number"),
         ("MAX_IDLE", "0", "MAX_IDLE: 0 is no positive whole number"),
         ("MAX_RESTARTS", "many", "MAX_RESTARTS: many is no positive"),

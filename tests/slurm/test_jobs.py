@@ -11,63 +11,14 @@ import time
 
 import pytest
 
-from tests.slurm.site import Run, Site, kill, signal_batch
+from tests.slurm.site import Site, kill, signal_batch
+from tests.slurm.victim import RUN_8B, Victim
 from tests.support.workspace import ROOT
 
-RUN_8B = "training.steps=60 output.save_interval=4"
 MEGATRON = (
     "training.steps=6 output.save_interval=3 megatron.tensor_parallel=1 megatron.pipeline_parallel=2 megatron.virtual_pipeline=1 "
     "megatron.context_parallel=1"
 )
-
-
-@pytest.fixture(scope="module")
-def prepared(site) -> Site:
-    """A site with the tiny model under the name of the 8B one, and its data."""
-    site.make_model()
-    site.make_data()
-    return site
-
-
-@pytest.fixture(scope="module")
-def unbroken(prepared) -> list[tuple[int, float]]:
-    """The loss history of the 8B recipe on two ranks of this machine, without SLURM and without a break."""
-    overrides = [*prepared.environment(RUN_8B)["OVERRIDES"].split(), f"output.directory={prepared.path}/runs/unbroken"]
-    sets = [word for override in overrides for word in ("--set", override)]
-    command = [sys.executable, "ds_train.py", "--recipe", "recipes/llama3_8b_64k.yaml", "--nproc-per-node", "2", *sets]
-    environment = {**prepared.environment(), **{name: str(prepared.settings[name]) for name in ("CHECKPOINTS", "DATA", "RUNS")}}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return Run(prepared.path / "runs" / "unbroken").history
-
-
-class Victim:
-    """One job on a run, and what is done to it."""
-
-    def __init__(self, site: Site, name: str, *options: str):
-        self.site, self.cluster, self.run = site, site.cluster, site.run(name)
-        self.job = site.submit("slurm/extend_8b_64k.sh", "--nodes=2", *options, overrides=f"{RUN_8B} output.directory={self.run.path}")
-
-    def reach(self, step: int) -> None:
-        self.cluster.wait(lambda: self.run.step >= step, 120, f"step {step}; now {self.run.step}\n{self.site.log(self.job)[-3000:]}")
-
-    def restarted(self, times: int) -> None:
-        """Until the job has started `times` times more than once, and is past the point where it was interrupted."""
-        self.cluster.wait(
-            lambda: sum(event["event"] == "start" for event in self.run.attempts) > times, 120,
-            f"restart {times}\n{self.site.log(self.job)[-3000:]}",
-        )  # fmt: skip
-
-    @property
-    def nodes(self) -> list[str]:
-        return self.run.attempts[-1]["nodes"]
-
-    def rank_on(self, node: str) -> list[int]:
-        return self.cluster.processes(node, "ds_train.py --recipe")
-
-    def while_saving(self) -> None:
-        """Until a checkpoint is being written."""
-        self.cluster.wait(lambda: list(self.run.path.glob("checkpoints/*.incomplete")), 60, "a save")
 
 
 @pytest.mark.timeout(600)
