@@ -17,7 +17,6 @@ from endprompt.evaluation.perplexity import PerplexitySettings
 from endprompt.evaluation.suite import TASKS, Suite
 from endprompt.evaluation.text import read_documents
 
-
 ALL_GPUS = "cuda:all"
 
 

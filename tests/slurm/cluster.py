@@ -103,8 +103,8 @@ class Cluster:
         key = self.path / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        self._run("munged", "--force", "--origin=127.0.0.1", f"--key-file={key}", f"--socket={self.path}/munge.sock",
-                  f"--pid-file={self.path}/munged.pid", f"--log-file={self.path}/munged.log", f"--seed-file={self.path}/munge.seed")  # fmt: skip
+        files = {"key-file": key, "socket": "munge.sock", "pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "munge.seed"}
+        self._run("munged", "--force", "--origin=127.0.0.1", *(f"--{name}={self.path / file}" for name, file in files.items()))
         self._run("slurmctld", "-f", str(self.path / "slurm.conf"))
         for number in range(1, NODES + 1):
             self.power_on(self.node(number))

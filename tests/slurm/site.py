@@ -14,9 +14,10 @@ from tests.support.tiny import PARAGRAPH, make_tiny_checkpoint
 from tests.support.workspace import ROOT, quiet_environment, read_log
 
 TINY = (
-    "model.architecture=custom model.original_length=128 target_length=1024 positions.physical_length=64 positions.displaced_length=12 "
-    "data.validation_samples=4 training.tokens=null training.global_batch_size=4 training.micro_batch_size=1 training.learning_rate=1e-3 training.warmup_steps=2 "
-    "training.precision=fp32 output.export_dtype=fp32 output.validation_interval=1000 output.keep_last=2"
+    "model.architecture=custom model.original_length=128 target_length=1024 positions.physical_length=64 "
+    "positions.displaced_length=12 data.validation_samples=4 training.tokens=null training.global_batch_size=4 "
+    "training.micro_batch_size=1 training.learning_rate=1e-3 training.warmup_steps=2 training.precision=fp32 "
+    "output.export_dtype=fp32 output.validation_interval=1000 output.keep_last=2"
 )
 """The one variable (OVERRIDES) that makes a script's run tiny; steps, layout and save interval are each test's own."""
 
@@ -86,7 +87,7 @@ class Site:
 
     def wait_for(self, job: str, state: str, seconds: float = 120) -> None:
         """Until the job's state is `state`; says what its log says if it ends otherwise or not in time."""
-        ended = "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL".split()
+        ended = ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"]
 
         def there() -> bool:
             now = self.cluster.job(job)["JobState"]

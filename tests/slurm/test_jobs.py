@@ -96,7 +96,8 @@ def test_the_whole_way_of_a_70b_job(prepared):
     site = prepared
     source = site.path / "megatron_source"
     hf = site.make_model("Meta-Llama-3-8B")
-    subprocess.run([sys.executable, "tools/hf_to_megatron.py", "--input", hf, "--output", source], cwd=ROOT, check=True, capture_output=True)
+    convert = [sys.executable, "tools/hf_to_megatron.py", "--input", hf, "--output", source]
+    subprocess.run(convert, cwd=ROOT, check=True, capture_output=True)
     run = site.run("pipeline")
     site.write_settings(SOURCE_CHECKPOINT=source, DATA=site.path / "data70b")
     (site.path / "data70b").mkdir()

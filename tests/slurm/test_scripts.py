@@ -107,8 +107,8 @@ def test_slurm_accepts_it(script, cluster):
 
 
 def test_more_nodes_than_there_are_is_refused_before_the_queue(cluster):
-    script = "slurm/extend_70b_128k.sh"
-    done = subprocess.run(["sbatch", "--test-only", "--nodes=17", script], cwd=ROOT, env=cluster.environment, capture_output=True, text=True)
+    command = ["sbatch", "--test-only", "--nodes=17", "slurm/extend_70b_128k.sh"]
+    done = subprocess.run(command, cwd=ROOT, env=cluster.environment, capture_output=True, text=True)
     assert done.returncode != 0
 
 
