@@ -18,7 +18,7 @@ begin_task slurm/evaluate.sh RECIPE 1 "$@"
 recipe_facts "$1"
 export_folder=$RUN_FOLDER/export
 if [[ ! -f $export_folder/config.json ]]; then # ds_train.py exports itself, Megatron's checkpoints are converted
-    alone tools/megatron_to_hf.py --input "$RUN_FOLDER" --output "$export_folder" --resume
+    alone tools/megatron_to_hf.py --input "$RUN_FOLDER/checkpoints" --output "$export_folder" --resume
 fi
 tasks=distance text=()
 if [[ -n $EVALUATION_TEXT ]]; then
