@@ -20,7 +20,8 @@ preflight() {
     preflight_commands
     python_here "${HEAD[@]}" || return 2
     # A rank that fails has written why; JUDGE reads it, so the step's own code says nothing more.
-    FAILURES='' "${STEP[@]}" --job-name=preflight slurm/lib/rank.sh "${CHECK_RANK[@]}" || true
+    # Not training's port: what the kernel keeps of one that was closed a moment ago must not be in the way.
+    FAILURES='' MASTER_PORT=$((MASTER_PORT + 1)) "${STEP[@]}" --job-name=preflight slurm/lib/rank.sh "${CHECK_RANK[@]}" || true
     python_here "${JUDGE[@]}" || code=2
     [[ ! -f $VERDICT ]] || BAD_NODES=$(tr -d ' \n"' <"$VERDICT" | sed -n 's/.*bad_nodes:\[\([^]]*\)\].*/\1/p')
     return "$code"
