@@ -19,6 +19,7 @@ import torch.distributed as dist
 from endprompt.atomic import write_json
 from endprompt.cluster.preflight import bandwidth, machine, records
 from endprompt.cluster.preflight.meeting import Meeting, meet
+from endprompt.cluster.preflight.pairs import measure_pairs
 from endprompt.cluster.preflight.place import Deadline, Place, RankFailure, write_error
 from endprompt.errors import EXIT_BAD_INPUT, UserError, from_os_error
 
@@ -131,7 +132,10 @@ def read_head(settings: Settings, place: Place) -> tuple[dict[str, Any] | None, 
 
 
 def talk(settings: Settings, place: Place, meeting: Meeting, device: torch.device, facts: dict[str, Any]) -> str | None:
-    """Process group, clocks, all-reduce over all and within each node; records both. Returns what was wrong with a sum, if anything."""
+    """Process group, clocks, all-reduces over all ranks, within each node and of neighbours; records them.
+
+    Returns what was wrong with a sum, if anything was.
+    """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -144,13 +148,13 @@ def talk(settings: Settings, place: Place, meeting: Meeting, device: torch.devic
     facts["clock_at_meeting"] = time.time()  # all ranks read it within a millisecond or so
 
     megabytes = MEGABYTES[backend] if settings.megabytes is None else settings.megabytes
-    whole = bandwidth.measure(device, megabytes, rank=place.rank, contributions=list(range(place.size)))
+    whole = bandwidth.measure(device, megabytes, contributions=list(range(place.size)))
     mine = meeting.ranks_of(place.node)
-    within = None
-    if len(mine) > 1:
-        group = dist.new_group(mine, timeout=limit, use_local_synchronization=True)
-        within = bandwidth.measure(device, megabytes, rank=place.rank, contributions=mine, group=group)
+    within = bandwidth.measure_among(mine, limit, device, megabytes) if len(mine) > 1 else None
+    pairs = measure_pairs(place, meeting, device, megabytes, limit)
     facts["all_reduce_within"] = within.as_record(bandwidth.line_rate(device, 1, len(mine))) if within else None
+    rate = bandwidth.line_rate(device, 2, len(mine))
+    facts["all_reduce_with"] = {node: pair.as_record(rate) for node, pair in pairs.items()}
     if place.local_rank == 0:
         write_json(records.node_path(settings.directory, place.node), facts)
     if place.rank == 0:
@@ -160,7 +164,7 @@ def talk(settings: Settings, place: Place, meeting: Meeting, device: torch.devic
     bandwidth.barrier(device)
     dist.destroy_process_group()
     meeting.leave(place)
-    return whole.wrong or (within.wrong if within else None)
+    return next((found.wrong for found in (whole, within, *pairs.values()) if found and found.wrong), None)
 
 
 def report(settings: Settings) -> int:
