@@ -194,8 +194,9 @@ def test_a_rank_killed_during_the_all_reduce_ends_the_other(broken, capsys):
 
 def test_a_rank_that_hangs_in_the_all_reduce_ends_with_the_others(broken, capsys):
     folder, ends = broken["hangs"]
-    for end in ends:
-        assert f"did not end within {SECONDS} s" in one_line(end) and end["seconds"] < 3 * SECONDS + 10
+    lines = [one_line(end) for end in ends]  # one of them may see the other go at the moment of its own deadline
+    assert any(f"did not end within {SECONDS} s" in line for line in lines) and all("all-reduces" in line for line in lines)
+    assert all(end["seconds"] < 3 * SECONDS + 10 for end in ends)
     assert judged(folder, capsys)["bad_nodes"] == []
 
 

@@ -127,6 +127,7 @@ NOBODYS = {
     "no measurement": (lambda records: records.update(all_reduce=None), {}, "all_reduce.json: is not there", 1),
     "damaged record": (lambda records: records["nodes"].update(node02="{"), {}, "holds no JSON object", 1),
     "record of another version": (lambda records: records["nodes"]["node02"].pop("token"), {}, "'token'", 1),
+    "a record that ends early": (lambda records: records["nodes"]["node02"].pop("clock_at_meeting"), {}, "node02: its record ends", 1),
     "no head": (lambda records: records.update(head=None), {}, "head.json: is not there", 1),
     "rank 0 is cut off": (error(error_record(3, "node01", "stopped because of others", "elsewhere")), {}, "stopped because of others", 1),
     "a collective failed": (error(*ALL_FAILED), {}, "failed", 4),

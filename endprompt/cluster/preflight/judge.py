@@ -90,6 +90,10 @@ def examine(
     yield from (finding for finding in check_pairs(wanted.minimum, found, all_reduce) if finding.node not in named)
     if all_reduce is not None:
         yield from check_all_reduce(wanted.minimum, all_reduce)
+        for node, record in found.items():
+            if "clock_at_meeting" not in record and node not in explained:
+                fix = f"read the job's output for its ranks, or {EXCLUDE}"
+                yield Finding(node, UserError(node, "its record ends before the all-reduces, which took place without it", fix))
     elif not stopped and len(found) == len(nodes):
         path = wanted.directory / records.ALL_REDUCE
         yield Finding(None, UserError(path, "is not there: the ranks ended before they measured", "read the job's output for the reason"))

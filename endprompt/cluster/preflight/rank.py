@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch: pages of C++ frames for a peer that is late
+os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # else torch aborts a rank whose peer is gone before it has left its record
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from endprompt.atomic import write_json
 from endprompt.cluster.preflight import bandwidth, machine, records
 from endprompt.cluster.preflight.meeting import Meeting, meet
 from endprompt.cluster.preflight.pairs import measure_pairs
-from endprompt.cluster.preflight.place import Deadline, Place, RankFailure, write_error
+from endprompt.cluster.preflight.place import Deadline, Place, RankFailure, end_process
 from endprompt.errors import EXIT_BAD_INPUT, UserError, from_os_error
 
 HEAD_SECONDS = 10.0
@@ -49,13 +49,8 @@ def run(settings: Settings) -> int:
         return _run(settings, place, deadline)
     except (RankFailure, OSError) as problem:
         failure = problem if isinstance(problem, RankFailure) else _own(place, from_os_error(problem))
-        for record in (*failure.told, failure.as_record()):  # rank 0 writes for those that do not see the folder
-            write_error(settings.directory, record)
-        if failure.cause != "elsewhere" or place.rank == 0:  # 64 ranks need not all say what rank 0 told them
-            print(f"error: {failure}", file=sys.stderr, flush=True)
-        # A process group may hold threads that wait for a peer; nothing is left to save.
-        sys.stdout.flush()
-        os._exit(EXIT_BAD_INPUT)
+        # 64 ranks need not all say what rank 0 told them.
+        end_process(failure, settings.directory, say=failure.cause != "elsewhere" or place.rank == 0)
 
 
 def _run(settings: Settings, place: Place, deadline: Deadline) -> int:
@@ -87,7 +82,7 @@ def look(settings: Settings, place: Place, on_gpu: bool) -> tuple[dict[str, Any]
     facts = {
         "node": place.node,
         "hostname": socket.gethostname(),
-        "ranks": [place.rank - place.local_rank + i for i in range(place.local_size)],
+        "ranks": [place.rank - place.local_rank + i for i in range(place.local_size)],  # srun's block order; the meeting knows
         "token": head["token"] if head else None,
         "gpus": None,
         "clock": time.time(),
@@ -149,7 +144,7 @@ def talk(settings: Settings, place: Place, meeting: Meeting, device: torch.devic
 
     megabytes = MEGABYTES[backend] if settings.megabytes is None else settings.megabytes
     whole = bandwidth.measure(device, megabytes, contributions=list(range(place.size)))
-    mine = meeting.ranks_of(place.node)
+    facts["ranks"] = mine = meeting.ranks_of(place.node)
     within = bandwidth.measure_among(mine, limit, device, megabytes) if len(mine) > 1 else None
     pairs = measure_pairs(place, meeting, device, megabytes, limit)
     facts["all_reduce_within"] = within.as_record(bandwidth.line_rate(device, 1, len(mine))) if within else None
