@@ -162,4 +162,3 @@ class Checkpoints:
 
 def _chunk_key(number: int) -> str:
     return f"model{number}"
-

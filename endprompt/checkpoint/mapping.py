@@ -112,9 +112,7 @@ def huggingface_shape(name: str, architecture: Architecture) -> tuple[int, ...]:
     return shapes.get(name.split(".")[-2], (a.hidden_size,))  # norms
 
 
-def read_parameter(
-    name: str, architecture: Architecture, read: ReadRows, *, tensor_parallel: int = 1, rank: int = 0
-) -> torch.Tensor:
+def read_parameter(name: str, architecture: Architecture, read: ReadRows, *, tensor_parallel: int = 1, rank: int = 0) -> torch.Tensor:
     """The part of Megatron parameter `name` that tensor-parallel rank `rank` holds, made from rows of Hugging Face tensors.
 
     Reads only what the rank keeps, except for matrices cut by columns (linear_proj, linear_fc2), whose rows are read whole.

@@ -100,9 +100,7 @@ def read_model_facts(folder: str | Path) -> ModelFacts | None:
             raise UserError(path, f"has schema {schema!r}, this release reads {SCHEMA}", "use the release that wrote it")
         architecture = dict(content.pop("architecture"))
         base_rope = RopeScaling(**architecture.pop("rope"))
-        facts = ModelFacts(
-            architecture=Architecture(rope=base_rope, **architecture), rope=RopeScaling(**content.pop("rope")), **content
-        )
+        facts = ModelFacts(architecture=Architecture(rope=base_rope, **architecture), rope=RopeScaling(**content.pop("rope")), **content)
         _check(facts)
         return facts
     except (ValueError, KeyError, TypeError, AttributeError) as error:

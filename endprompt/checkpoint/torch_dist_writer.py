@@ -154,9 +154,7 @@ def _disk_shape(name: str, info: TensorInfo, rows: int) -> tuple[int, ...]:
     return (*leading, rows, *info.shape[1:])
 
 
-def write_description(
-    folder: Path, tensors: dict[str, TensorInfo], blobs: list[Blob], layers: int, common: dict[str, Any]
-) -> None:
+def write_description(folder: Path, tensors: dict[str, TensorInfo], blobs: list[Blob], layers: int, common: dict[str, Any]) -> None:
     """Write .metadata, common.pt, metadata.json and the `_extra_state` objects: everything but the numbers.
 
     Layers are stacked on a leading axis (Megatron's default). An `_extra_state` says None, as an unquantised model's does.

@@ -1,1 +1,1 @@
-"""What runs around training on a SLURM cluster."""
+"""What a run needs on a cluster: preflight, restarts, status."""

@@ -17,6 +17,8 @@ from endprompt.evaluation.perplexity import PerplexitySettings
 from endprompt.evaluation.suite import TASKS, Suite
 from endprompt.evaluation.text import read_documents
 
+ALL_GPUS = "cuda:all"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -50,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--needle-cases", type=int, default=4, metavar="N", help="needle: cases per depth (default 4)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of weights and activations (default bf16)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D",
+        help="cpu, cuda, cuda:N, or cuda:all to spread a model that is too large for one GPU over all of them by layers",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="distance: cases at a time (default 8)")
 
 
@@ -67,9 +72,11 @@ def build_suite(arguments: argparse.Namespace) -> tuple[Suite, int, int]:
     if any(task != "distance" for task in tasks) and not arguments.text:
         raise UserError("--text", f"tasks {','.join(tasks)} need long documents", "name plain text files, or run --tasks distance alone")
     settings = {task: _SETTINGS[task](arguments, target) for task in tasks}
+    device = _device("cuda" if arguments.device == ALL_GPUS else arguments.device)
     suite = Suite(
-        models, settings, read_documents(arguments.text), arguments.output, arguments.dtype, _device(arguments.device), arguments.batch_size
-    )
+        models, settings, read_documents(arguments.text), arguments.output, arguments.dtype, device, arguments.batch_size,
+        spread=arguments.device == ALL_GPUS,
+    )  # fmt: skip
     return suite, original, target
 
 
@@ -103,9 +110,9 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError("--device", f"unknown device {name!r}", "use cpu, cuda or cuda:N") from None
+        raise UserError("--device", f"unknown device {name!r}", "use cpu, cuda, cuda:N or cuda:all") from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError("--device", f"{name!r} is not supported", "use cpu, cuda or cuda:N")
+        raise UserError("--device", f"{name!r} is not supported", "use cpu, cuda, cuda:N or cuda:all")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError("--device", f"{name} is not there, this machine shows {torch.cuda.device_count()} GPUs", "use --device cpu")
     return device

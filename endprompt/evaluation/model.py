@@ -89,7 +89,7 @@ class EvaluationModel:
         output = self.decoder(
             input_ids=tokens.to(self.device), position_ids=position_ids.to(self.device), past_key_values=cache, use_cache=cache is not None
         )
-        return output.last_hidden_state
+        return output.last_hidden_state.to(self.device)
 
     def stream(self, tokens: torch.Tensor, position_ids: torch.Tensor, cache: DynamicCache) -> Iterator[tuple[int, torch.Tensor]]:
         """`hidden` in chunks of PREFILL_CHUNK tokens, appending to `cache`: yields (index of the chunk's first token, its states).
@@ -127,8 +127,11 @@ class EvaluationModel:
         return nll, correct
 
 
-def load_model(facts: CheckpointFacts, dtype: torch.dtype, device: str | torch.device) -> EvaluationModel:
-    """Load the weights. Raises UserError for damaged or incomplete files and for a RoPE that transformers reads differently."""
+def load_model(facts: CheckpointFacts, dtype: torch.dtype, device: str | torch.device, *, spread: bool = False) -> EvaluationModel:
+    """Load the weights. Raises UserError for damaged or incomplete files and for a RoPE that transformers reads differently.
+
+    spread: layers dealt out evenly over all GPUs (accelerate), for models that one cannot hold: 70B in bf16 is 141 GB.
+    """
     directory = facts.directory
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -136,6 +139,7 @@ def load_model(facts: CheckpointFacts, dtype: torch.dtype, device: str | torch.d
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=dtype,
+            device_map="balanced" if spread else None,
             attn_implementation=IMPLEMENTATION,
             local_files_only=True,
             use_safetensors=True,
@@ -158,7 +162,7 @@ def load_model(facts: CheckpointFacts, dtype: torch.dtype, device: str | torch.d
             "this version of transformers reads another RoPE from it than it says",
             "write both rope_theta + rope_scaling and rope_parameters (endprompt/models/hf_config.py does), or use another transformers",
         )
-    return EvaluationModel(model.to(device).eval(), directory)
+    return EvaluationModel((model if spread else model.to(device)).eval(), directory)
 
 
 def _first_line(error: BaseException) -> str:

@@ -27,7 +27,10 @@ Settings = DistanceSettings | PerplexitySettings | NeedleSettings
 
 @dataclass(frozen=True)
 class Suite:
-    """models: by the name they have in tables; tasks: settings by task name; documents: may be empty for distance alone."""
+    """models: by the name they have in tables; tasks: settings by task name; documents: may be empty for distance alone.
+
+    spread: each model over all GPUs instead of on `device` alone.
+    """
 
     models: dict[str, CheckpointFacts]
     tasks: dict[str, Settings]
@@ -36,6 +39,7 @@ class Suite:
     dtype: str
     device: torch.device
     batch_size: int
+    spread: bool = False
 
 
 def run_suite(suite: Suite) -> dict[str, dict[str, dict]]:
@@ -57,7 +61,7 @@ def run_suite(suite: Suite) -> dict[str, dict[str, dict]]:
         model = None  # one at a time, and only if it has something left to do
         for task in suite.tasks:
             if name not in found[task]:
-                model = model or load_model(facts, DTYPES[suite.dtype], suite.device)
+                model = model or load_model(facts, DTYPES[suite.dtype], suite.device, spread=suite.spread)
                 began = time.monotonic()
                 result = _measure(task, model, inputs[_tokenizer_digest(facts), task], suite, name)
                 key, settings = _decisive(suite, facts, task)

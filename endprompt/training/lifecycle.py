@@ -20,9 +20,7 @@ Prepared = TypeVar("Prepared", bound=Inputs)
 
 
 @contextlib.contextmanager
-def claimed(
-    recipe: Recipe, folder: RunFolder, world: World, engine: str, prepare: Callable[[Recipe, int], Prepared]
-) -> Iterator[Prepared]:
+def claimed(recipe: Recipe, folder: RunFolder, world: World, engine: str, prepare: Callable[[Recipe, int], Prepared]) -> Iterator[Prepared]:
     """Everything checked on every rank and the run folder claimed by rank 0, for the length of the block. Collective.
 
     Yields what `prepare(recipe, ranks)` gives. A failure within the block is written to status.json on its way out.

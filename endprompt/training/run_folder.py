@@ -18,13 +18,16 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from endprompt.atomic import atomic_file, write_json
 from endprompt.errors import EXIT_BAD_INPUT, UserError
 from endprompt.recipe import Recipe
-from endprompt.training.world import World
+
+if TYPE_CHECKING:  # what a login node asks of a run folder shall not cost the import of torch
+    from endprompt.training.world import World
 
 
 class RunFolder:
@@ -125,8 +128,9 @@ class RunFolder:
             file.writelines(line + "\n" for line in kept)
 
     def append_log(self, entry: dict) -> None:
+        """Add one line, with `time` (Unix seconds): only so can be told later what saves and restarts cost."""
         with open(self.log, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({**entry, "time": round(time.time(), 2)}) + "\n")
 
     def wandb_id(self) -> str:
         """One wandb run across restarts: made once, kept in the folder."""

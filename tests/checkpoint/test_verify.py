@@ -174,10 +174,12 @@ def test_wrong_rope_is_named_and_shows_in_logits(fault, against, good, tmp_path)
 def test_wrong_facts_of_the_megatron_checkpoint_show(good, tmp_path):
     shutil.copytree(good / "megatron", tmp_path / "bad")
     for section in ("rope", "hf_config"):
+
         def change(content, section=section):
             content[section] = {**content[section], **({"theta": 1e4} if section == "rope" else {})}
             if section == "hf_config":
                 content[section]["rope_parameters"]["rope_theta"] = 1e4
+
         edit_json(tmp_path / "bad" / FACTS, change)  # fmt: skip
     report = check(good / "hf", tmp_path / "bad")
     assert "config rope" in report["checks"]["metadata"][0] and report["checks"]["logits"]

@@ -112,7 +112,6 @@ def test_a_fault_of_one_node_of_four_names_it_and_excludes_it(tmp_path, capsys, 
     assert verdict == {"ok": False, "errors": [lines[0].removeprefix("error: ")], "bad_nodes": ["node03"]}
 
 
-
 NOBODYS = {
     "slow everywhere": (at("bus_gb_per_s", 11.0, None), {}, "all-reduce over 32 ranks: 11 GB/s bus", 1),
     "slow between every two nodes": (

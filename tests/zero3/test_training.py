@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from endprompt.cluster.status import read as read_run_status
 from endprompt.data.indexed import open_indexed, write_indexed
 from endprompt.data.samples import SampleDataset
 from endprompt.data.tokenizers import load_tokenizer
@@ -111,6 +112,14 @@ def test_log_and_status(unbroken):
     assert entries[-1]["tokens"] == STEPS * 4 * 64 and entries[-1]["tokens_per_second"] > 0 and entries[-1]["mfu"] is None
     status = json.loads((unbroken / "status.json").read_text())
     assert (status["state"], status["step"], status["exit_code"], status["starts"]) == ("finished", STEPS, 0, 1)
+
+
+def test_run_status_reads_the_folder(workspace, unbroken):
+    found = read_run_status(unbroken)
+    assert (found.recipe, found.state, found.step, found.percent, found.starts) == ("tiny", "finished", STEPS, 100.0, 1)
+    assert (found.tokens, found.loss) == (STEPS * 4 * 64, losses(unbroken)[-1]) and found.validation_step == STEPS
+    assert found.checkpoint_step == STEPS and found.checkpoint_bytes > 100_000
+    assert found.overhead_seconds_per_step > 0 and (found.lost_hours, found.error) == (0, None)
 
 
 def test_a_finished_run_ends_at_once(workspace, unbroken):

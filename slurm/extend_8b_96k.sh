@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# LLaMA-3-8B from 8K to 96K on 1 node of 8 H100-80GB. The recipe says everything else; tools/plan.py says how long it takes.
+#SBATCH --job-name=extend_8b_96k
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+[[ -f slurm/lib/extend.sh ]] || { echo "error: $PWD is not the root of the repository; cd there, then sbatch again" >&2; exit 2; }
+source slurm/lib/extend.sh
+extend recipes/llama3_8b_96k.yaml deepspeed "$0" "$@"

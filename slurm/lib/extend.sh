@@ -1,0 +1,83 @@
+# shellcheck shell=bash
+# What every slurm/extend_*.sh does: check, train, survive, and hand on to export and evaluation.
+source slurm/lib/config.sh
+source slurm/lib/world.sh
+source slurm/lib/preflight.sh
+source slurm/lib/train.sh
+source slurm/lib/render.sh
+
+# extend RECIPE ENGINE [ARGUMENTS OF THE SCRIPT]. ENGINE and OVERRIDES ("training.steps=100 seed=7") of the environment
+# change engine and fields of the recipe for one job.
+extend() {
+    ENGINE=${ENGINE:-$2}
+    load_config
+    [[ $ENGINE == megatron || $ENGINE == deepspeed ]] || die "ENGINE: $ENGINE is neither megatron nor deepspeed; choose one"
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then
+        recipe_facts "$1"
+        run_job
+    fi
+    outside_a_job "$@"
+}
+
+run_job() {
+    listen
+    describe_world
+    say "job $SLURM_JOB_ID, restart $RESTART, on $NODES: $RECIPE with $ENGINE"
+    [[ -z $SBATCH_PARTITION || $SLURM_JOB_PARTITION == "$SBATCH_PARTITION" || -n ${ANY_PARTITION:-} ]] ||
+        say "note: this is partition $SLURM_JOB_PARTITION, $CONFIG says $SBATCH_PARTITION: source $CONFIG before sbatch"
+    ATTEMPT=$RUN_FOLDER/attempts/$SLURM_JOB_ID-$RESTART
+    ACTION=
+    eval "$(python_here tools/cluster_job.py begin --recipe "$RECIPE" "${SETS[@]}" --job "$SLURM_JOB_ID" --restart "$RESTART" \
+        --nodes "$NODES" --max-restarts "$MAX_RESTARTS" --max-idle "$MAX_IDLE")"
+    case $ACTION in
+    go) say "$REASON" ;;
+    finished)
+        say "$REASON"
+        exit 0
+        ;;
+    *)
+        say "given up: ${REASON:-the line above says why}"
+        exit 1
+        ;;
+    esac
+    CODE=2 HUNG=
+    preflight || conclude
+    training_command
+    train "${TRAIN[@]}"
+    conclude
+}
+
+training_command() {
+    case $ENGINE in
+    deepspeed) TRAIN=("$PYTHON" ds_train.py --recipe "$RECIPE" "${SETS[@]}") ;;
+    megatron) TRAIN=("$PYTHON" -m megatron_patches.train --recipe "$RECIPE" "${SETS[@]}") ;;
+    esac
+}
+
+finished() {
+    say "$REASON"
+    # A pipeline has queued these already.
+    [[ $EVALUATE == yes && -z ${IN_PIPELINE:-} ]] || return 0
+    say "export and evaluation: job $(submit slurm/evaluate.sh "$RECIPE")"
+}
+
+# outside_a_job RECIPE ENGINE SCRIPT [--render | --check | OPTIONS OF SBATCH]
+outside_a_job() {
+    case ${4:-} in
+    --render) render "$@" ;;
+    --check)
+        recipe_facts "$1"
+        local nodes gpus
+        nodes=$(sbatch_option "$3" nodes) gpus=$(sbatch_option "$3" gpus-per-node)
+        python_here tools/preflight.py head --recipe "$RECIPE" "${SETS[@]}" --engine "$ENGINE" --nodes "$nodes" \
+            --processes-per-node "${PROCESSES_PER_NODE:-$gpus}" --device "$DEVICE"
+        ;;
+    *)
+        need_sbatch
+        say "submitted job $(submit "${@:4}" "$3")"
+        ;;
+    esac
+    exit 0
+}
+
+sbatch_option() { sed -n "s/^#SBATCH --$2=//p" "$1"; }

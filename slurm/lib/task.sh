@@ -1,0 +1,23 @@
+# shellcheck shell=bash
+# Jobs of one process: prepare, convert, evaluate.
+source slurm/lib/config.sh
+
+# begin_task SCRIPT USAGE COUNT [ARGUMENTS]: the settings, inside a job; outside one, check the arguments and submit SCRIPT.
+begin_task() {
+    local script=$1 usage=$2 count=$3
+    shift 3
+    load_config
+    (($# >= count)) || die "usage: sbatch $script $usage"
+    if [[ -z ${SLURM_JOB_ID:-} ]]; then
+        need_sbatch
+        say "submitted job $(submit "$script" "$@")"
+        exit 0
+    fi
+    # SLURM sends USR1 to every process; these restart from what they have written, so the default, death, is what is wanted.
+    say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST: $script $*"
+}
+
+# alone COMMAND: Python on the job's node with all that the job has there.
+alone() {
+    srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" "${CONTAINER[@]}" "$PYTHON" "$@"
+}

@@ -1,0 +1,136 @@
+"""Jobs on a real SLURM with the real training code: the whole way, and what can happen to a job on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.slurm.site import Site, kill, signal_batch
+from tests.slurm.victim import RUN_8B, Victim
+from tests.support.workspace import ROOT
+
+MEGATRON = (
+    "training.steps=6 output.save_interval=3 megatron.tensor_parallel=1 megatron.pipeline_parallel=2 megatron.virtual_pipeline=1 "
+    "megatron.context_parallel=1"
+)
+
+
+@pytest.mark.timeout(600)
+def test_one_run_survives_everything(prepared, unbroken):
+    """One run through a time limit's signal, a user's requeue, deaths of ranks, of a node and of a slurmd: one history, bit by bit."""
+    victim = Victim(prepared, "survivor")
+    cluster, job = victim.cluster, victim.job
+
+    victim.reach(5)
+    signal_batch(cluster, job)
+    victim.restarted(1)
+
+    victim.reach(10)
+    cluster.output("scontrol", "requeue", job)
+    victim.restarted(2)
+
+    bad = victim.nodes[1]
+    victim.reach(15)
+    victim.while_saving()
+    kill(victim.rank_on(bad))
+    victim.restarted(3)
+
+    assert bad in victim.nodes
+    victim.reach(21)
+    kill(victim.rank_on(bad))
+    victim.restarted(4)
+    assert bad not in victim.nodes and bad in cluster.job(job)["ExcNodeList"], "it was the first to fail, twice"
+
+    victim.reach(26)
+    batch_host = cluster.job(job)["BatchHost"]
+    cluster.power_off(batch_host)
+    victim.restarted(5)
+    assert batch_host not in victim.nodes
+
+    victim.reach(31)
+    other = next(node for node in victim.nodes if node != cluster.job(job)["BatchHost"])
+    os.kill(int((cluster.path / f"{other}.pid").read_text()), signal.SIGKILL)  # the daemon alone; found after SlurmdTimeout
+    victim.restarted(6)
+
+    prepared.wait_for(job, "COMPLETED", 120)
+    assert victim.run.history == unbroken, "no step lost, none repeated, the same losses"
+    reasons = victim.run.reasons
+    assert "time limit or preemption" in reasons[0] and f"on {bad} ended first, with exit code 137" in " ".join(reasons)
+
+    cluster.output("scontrol", "requeue", job)  # SLURM may start a finished job again
+    cluster.wait(lambda: "finished already at step 60" in prepared.log(job), 60, "the finished job ended at once")
+    prepared.wait_for(job, "COMPLETED", 60)
+    assert victim.run.history == unbroken
+
+
+@pytest.mark.timeout(400)
+def test_a_preempted_job_comes_back_and_a_cancelled_one_does_not(prepared, unbroken):
+    victim = Victim(prepared, "preempted", "--nodelist=node15,node16")
+    cluster, job = victim.cluster, victim.job
+    victim.reach(5)
+    urgent = cluster.output(
+        "sbatch", "--parsable", "--partition=urgent", "--nodelist=node15,node16", "--nodes=2", "--exclusive", "--output=/dev/null",
+        "--wrap", "sleep 1",
+    )  # fmt: skip
+    prepared.wait_for(urgent, "COMPLETED", 90)
+    victim.restarted(1)
+    reached = victim.run.step
+    victim.reach(reached + 3)
+    cluster.output("scancel", job)
+    prepared.wait_for(job, "CANCELLED", 60)
+    time.sleep(3)
+    assert cluster.job(job)["JobState"] == "CANCELLED"
+    history = victim.run.history
+    assert len(history) >= reached + 3 and history == unbroken[: len(history)]
+
+
+@pytest.mark.timeout(400)
+def test_the_whole_way_of_a_70b_job(prepared):
+    """bash slurm/pipeline.sh: a Megatron checkpoint and text in; a trained, exported, evaluated model out, on Megatron-Core."""
+    site = prepared
+    source = site.path / "megatron_source"
+    hf = site.make_model("Meta-Llama-3-8B")
+    convert = [sys.executable, "tools/hf_to_megatron.py", "--input", hf, "--output", source]
+    subprocess.run(convert, cwd=ROOT, check=True, capture_output=True)
+    run = site.run("pipeline")
+    site.write_settings(SOURCE_CHECKPOINT=source, DATA=site.path / "data70b")
+    (site.path / "data70b").mkdir()
+    overrides = f"{MEGATRON} output.directory={run.path}"
+    log = f"--output={site.path}/logs/%x-%j.log"
+    started = site.bash(
+        "slurm/pipeline.sh", "slurm/extend_70b_128k.sh", "--nodes=2", overrides=overrides, SBATCH_OUTPUT=log.removeprefix("--output="),
+        EVALUATION_OPTIONS="--cases 2 --distances 64 900 --dtype fp32",
+    )  # fmt: skip
+    site.write_settings(DATA=site.path / "data")
+    assert started.returncode == 0, started.stderr
+    jobs = dict(line.split(" job ") for line in started.stdout.splitlines() if " job " in line)
+    jobs = {name.strip(): number.strip() for name, number in jobs.items()}
+    assert list(jobs) == ["convert", "prepare", "train", "evaluate"]
+    for name, number in jobs.items():
+        site.wait_for(number, "COMPLETED", 150)
+        assert name
+    assert (site.path / "checkpoints" / "Meta-Llama-3-70B" / "model.safetensors").exists() and len(run.history) == 6
+    config = json.loads((run.path / "export" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 1024
+    report = json.loads((run.path / "evaluation" / "report.json").read_text())
+    assert {"base", "extended"} <= set(json.dumps(report).replace('"', " ").split())
+
+
+def test_what_no_restart_mends_ends_in_one_line(prepared):
+    site = prepared
+    overrides = f"{RUN_8B} output.directory={site.path}/runs/bad data.train.0.path={site.path}/data/absent"
+    job = site.submit("slurm/extend_8b_64k.sh", "--nodes=2", overrides=overrides)
+    site.wait_for(job, "FAILED", 90)
+    log = site.log(job)
+    assert log.count("error: ") == 1 and f"{site.path}/data/absent" in log and "given up: bad input" in log
+    assert "Traceback" not in log and cluster_restarts(site, job) == 0
+
+
+def cluster_restarts(site: Site, job: str) -> int:
+    return int(site.cluster.job(job)["Restarts"])

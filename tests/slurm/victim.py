@@ -1,0 +1,55 @@
+"""One job on a run, and what is done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.slurm.site import Site
+
+STEPS, SAVE_INTERVAL = 60, 4
+RUN_8B = f"training.steps={STEPS} output.save_interval={SAVE_INTERVAL}"
+
+
+class Victim:
+    """The 8B script with the tiny model on two nodes. options: of sbatch."""
+
+    def __init__(self, site: Site, name: str, *options: str, save_interval: int = SAVE_INTERVAL):
+        self.site, self.cluster, self.run, self.save_interval = site, site.cluster, site.run(name), save_interval
+        overrides = f"training.steps={STEPS} output.save_interval={save_interval} output.directory={self.run.path}"
+        self.job = site.submit("slurm/extend_8b_64k.sh", "--nodes=2", *options, overrides=overrides)
+
+    def wait(self, condition: Callable[[], object], what: str, seconds: float = 150) -> None:
+        try:
+            self.cluster.wait(condition, seconds, what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; the run is at step {self.run.step}\n{self.site.log(self.job)[-4000:]}") from None
+
+    def reach(self, step: int) -> None:
+        self.wait(lambda: self.run.step >= step, f"step {step}")
+
+    @property
+    def starts(self) -> list[dict]:
+        return [event for event in self.run.attempts if event["event"] == "start"]
+
+    def restarted(self, times: int) -> None:
+        """Until the job has started `times` times more than once."""
+        self.wait(lambda: len(self.starts) > times, f"restart {times}")
+
+    @property
+    def nodes(self) -> list[str]:
+        return self.starts[-1]["nodes"]
+
+    def rank_on(self, node: str) -> list[int]:
+        return self.cluster.processes(node, "ds_train.py --recipe")
+
+    def training(self) -> None:
+        """Until ranks of this attempt run, or the job has ended."""
+        self.wait(lambda: self.rank_on(self.nodes[0]) or self.ended, "ranks")
+
+    @property
+    def ended(self) -> bool:
+        return self.cluster.job(self.job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+    def while_saving(self) -> None:
+        """Until a checkpoint is being written."""
+        self.wait(lambda: list(self.run.path.glob("checkpoints/*.incomplete")), "a save", 60)
