@@ -125,6 +125,7 @@ def broken(tmp_path_factory):
         "killed": [{}, {"fault": "killed"}],
         "hangs": [{}, {"fault": "hangs"}],
         "unshared": [{}, {"records": str(base / "local-disk")}],
+        "unshared_and_killed": [{"fault": "lingers"}, {"records": str(base / "local-disk")}],
         "few_gpus": [{"gpus": 1, "fault": "one_gpu"}, {"gpus": 1, "fault": "no_gpu"}],
     }
     scenarios = {}
@@ -134,6 +135,7 @@ def broken(tmp_path_factory):
         (folder / records.HEAD).write_text(json.dumps({"token": name, "run_folder": str(run_folder), "versions": {}}))
         known = [{"rank": i, "node": f"node0{i + 1}", "records": str(folder), **rank} for i, rank in enumerate(ranks) if rank is not None]
         scenarios[name] = {"ranks": known, "size": len(ranks), "seconds": SECONDS if name in ("missing", "no_rank_0", "hangs") else ENOUGH}
+        scenarios[name]["kill_on_bad_exit"] = name == "unshared_and_killed"
     (base / "scenarios.json").write_text(json.dumps(scenarios))
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.preflight_ranks", str(base / "scenarios.json")]
     done = subprocess.run(command, cwd=ROOT, env=quiet_environment(), capture_output=True, text=True, timeout=200)
@@ -207,6 +209,13 @@ def test_a_folder_that_is_not_shared_is_found_at_once(broken, capsys):
     assert verdict["bad_nodes"] == ["node02"] and len(verdict["errors"]) == 1
     assert "on a file system that all nodes share" in verdict["errors"][0]
     assert not (folder.parent / "local-disk").exists()
+
+
+def test_rank_0_has_written_what_it_knows_before_srun_ends_it_with_the_rank_that_fails(broken, capsys):
+    folder, ends = broken["unshared_and_killed"]
+    assert ends[0]["code"] == -15 and "does not see" in one_line(ends[1])
+    verdict = judged(folder, capsys)
+    assert verdict["bad_nodes"] == ["node02"] and len(verdict["errors"]) == 1 and "all nodes share" in verdict["errors"][0]
 
 
 def test_a_node_with_too_few_gpus_stops_all_before_nccl_starts(broken, capsys):

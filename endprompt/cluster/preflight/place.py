@@ -99,7 +99,7 @@ _ENDING = threading.Lock()
 
 
 def end_process(failure: RankFailure, directory: Path, *, say: bool = True) -> NoReturn:
-    """Print the failure's line, leave its record and those it was told, and exit with 2 at once.
+    """Print the failure's line, leave its records and exit with 2 at once.
 
     At once, because a process group may hold threads that wait for a peer for ever. The first thread that comes here does it: when
     one rank's deadline ends it, the others see it go at the very moment of their own.
@@ -108,18 +108,21 @@ def end_process(failure: RankFailure, directory: Path, *, say: bool = True) -> N
         threading.Event().wait()  # until the other thread ends the process
     if say:
         print(f"error: {failure}", file=sys.stderr, flush=True)
-    writer = threading.Thread(target=_write_errors, args=(directory, [*failure.told, failure.as_record()]), daemon=True)
+    writer = threading.Thread(target=write_errors, args=(directory, failure), daemon=True)
     writer.start()
     writer.join(WRITE_SECONDS)
     sys.stdout.flush()
     os._exit(EXIT_BAD_INPUT)
 
 
-def _write_errors(directory: Path, errors: list[dict]) -> None:
-    """rank-R.error.json of each, where this machine sees the folder: a private copy on its own disk would help nobody."""
+def write_errors(directory: Path, failure: RankFailure) -> None:
+    """rank-R.error.json of this rank and of those it was told of: they may not see the folder.
+
+    Only where this machine sees it: a private copy on its own disk would help nobody.
+    """
     if not directory.is_dir():
         return
-    for error in errors:
+    for error in (*failure.told, failure.as_record()):
         try:
             write_json(error_path(directory, error["rank"]), error)
         except OSError as problem:

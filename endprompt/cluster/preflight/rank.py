@@ -20,7 +20,7 @@ from endprompt.atomic import write_json
 from endprompt.cluster.preflight import bandwidth, machine, records
 from endprompt.cluster.preflight.meeting import Meeting, meet
 from endprompt.cluster.preflight.pairs import measure_pairs
-from endprompt.cluster.preflight.place import Deadline, Place, RankFailure, end_process
+from endprompt.cluster.preflight.place import Deadline, Place, RankFailure, end_process, write_errors
 from endprompt.errors import EXIT_BAD_INPUT, UserError, from_os_error
 
 HEAD_SECONDS = 10.0
@@ -59,7 +59,7 @@ def _run(settings: Settings, place: Place, deadline: Deadline) -> int:
     with deadline.phase("looking at the machine", "look at the node's file systems and GPUs, or exclude it"):
         facts, problem = look(settings, place, on_gpu)
     # The meeting bounds itself by 2 x seconds and says who is missing.
-    meeting = meet(place, backend, problem, settings.seconds)
+    meeting = meet(place, backend, problem, settings.seconds, keep=lambda failure: write_errors(settings.directory, failure))
     device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
     fix = "look for a rank that was killed or a network interface that is down (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
     try:
