@@ -5,6 +5,7 @@ import json
 import pytest
 
 from endprompt.cluster.preflight.judge import Wanted, judge
+from endprompt.cluster.preflight.pairs import rounds
 from tests.support.preflight_records import error_record, names, write_records
 
 
@@ -18,7 +19,9 @@ def judged(directory, count, capsys, **wanted):
 def test_good_records_pass_with_a_table(tmp_path, capsys, count):
     code, out, lines, verdict = judged(write_records(tmp_path / "r", count), count, capsys)
     assert code == 0 and not lines and verdict == {"ok": True, "errors": [], "bad_nodes": []}
-    assert " ".join(out.splitlines()[1].split()) == "node01 8 x NVIDIA H100 80GB HBM3 550.54.15 2.13.0 +0.000 s 370 GB/s"
+    assert " ".join(out.splitlines()[1].split()) == "node01 8 x NVIDIA H100 80GB HBM3 550.54.15 2.13.0 +0.000 s 370 GB/s " + (
+        "330, 330 GB/s" if count > 2 else "-"
+    )
     assert "310 GB/s bus" in out.splitlines()[-1] and f"{8 * count} ranks" in out
 
 
@@ -31,6 +34,15 @@ def at(path: str, value, node: str = "node03"):
         for key in way:
             target = target[int(key) if key.isdigit() else key]
         target[int(last) if last.isdigit() else last] = value
+
+    return spoil
+
+
+def slow_pairs(rate, *pairs):
+    def spoil(records):
+        for one, other in pairs:
+            for node, neighbour in ((one, other), (other, one)):
+                records["nodes"][node]["all_reduce_with"][neighbour]["bus_gb_per_s"] = rate
 
     return spoil
 
@@ -75,6 +87,12 @@ ONE_NODE = {
     "little shared memory": (at("free_gb./dev/shm", 0.064), "0.064 GB free in /dev/shm", "larger"),
     "slow NVLink": (at("all_reduce_within.bus_gb_per_s", 24.0), "24 GB/s bus among themselves", "nvidia-smi nvlink"),
     "half of the others": (at("all_reduce_within.bus_gb_per_s", 180.0), "180 GB/s bus among themselves, 185 are needed", "exclude"),
+    "slow card": (slow_pairs(60.0, ("node02", "node03"), ("node03", "node04")), "60 with node04, 60 with node02 GB/s", "ib_write_bw"),
+    "half as fast": (slow_pairs(160.0, ("node02", "node03"), ("node03", "node04")), "GB/s bus, 165 are needed", "ib_write_bw"),
+    "slow NVLink shows in pairs too": (
+        both(at("all_reduce_within.bus_gb_per_s", 24.0), slow_pairs(24.0, ("node02", "node03"), ("node03", "node04"))),
+        "24 GB/s bus among themselves", "nvidia-smi nvlink",
+    ),
     "wrong sum": (error(WRONG), "rank 20: all-reduce gave a wrong sum", "mend"),
     "missing ranks": (error(MISSING), "ranks 22, 23 did not come", "exclude"),
     "unshared, told by rank 0": (
@@ -96,6 +114,10 @@ def test_a_fault_of_one_node_of_four_names_it_and_excludes_it(tmp_path, capsys, 
 
 NOBODYS = {
     "slow everywhere": (at("bus_gb_per_s", 11.0, None), {}, "all-reduce over 32 ranks: 11 GB/s bus", 1),
+    "slow between every two nodes": (
+        both(at("bus_gb_per_s", 11.0, None), slow_pairs(11.0, *zip(names(4), [*names(4)[1:], "node01"], strict=True))),
+        {}, "all-reduce over 32 ranks: 11 GB/s bus", 1,
+    ),
     "below what was asked": (lambda records: None, {"minimum": 350.0}, "at least 350 are needed", 1),
     "below what the ranks were given": (at("minimum_gb_per_s", 350.0, None), {}, "at least 350 are needed", 1),
     "every node has too few": (lambda records: None, {"gpus": 9}, "has 8 GPUs, 9 were asked for", 4),
@@ -104,6 +126,7 @@ NOBODYS = {
     "no measurement": (lambda records: records.update(all_reduce=None), {}, "all_reduce.json: is not there", 1),
     "damaged record": (lambda records: records["nodes"].update(node02="{"), {}, "holds no JSON object", 1),
     "record of another version": (lambda records: records["nodes"]["node02"].pop("token"), {}, "'token'", 1),
+    "a record that ends early": (lambda records: records["nodes"]["node02"].pop("clock_at_meeting"), {}, "node02: its record ends", 1),
     "no head": (lambda records: records.update(head=None), {}, "head.json: is not there", 1),
     "rank 0 is cut off": (error(error_record(3, "node01", "stopped because of others", "elsewhere")), {}, "stopped because of others", 1),
     "a collective failed": (error(*ALL_FAILED), {}, "failed", 4),
@@ -146,12 +169,27 @@ def test_default_minimum_is_a_quarter_of_the_links(tmp_path, capsys, count, bus,
     assert (judged(write_records(tmp_path / "r", count, slow), count, capsys)[0] == 0) is ok
 
 
+def test_one_slow_pair_blames_neither_of_the_two(tmp_path, capsys):
+    """Both are fast with their other neighbour; if the link between them matters the all-reduce over all is slow."""
+    assert judged(write_records(tmp_path / "r", 4, slow_pairs(60.0, ("node02", "node03"))), 4, capsys)[0] == 0
+
+
+@pytest.mark.parametrize("count", range(2, 10))
+def test_every_node_is_measured_with_two_neighbours_in_rounds_that_share_none(count):
+    found = rounds(count)
+    assert len(found) == (0 if count < 3 else 2 + count % 2)
+    for pairs in found:
+        assert len({node for pair in pairs for node in pair}) == 2 * len(pairs)
+    uses = [node for pairs in found for pair in pairs for node in pair]
+    assert all(uses.count(node) == (2 if count > 2 else 0) for node in range(count))
+
+
 def test_over_gloo_any_bandwidth_passes_but_none(tmp_path, capsys):
     def on_cpus(bus):
         def spoil(records):
             records["all_reduce"].update(bus_gb_per_s=bus, line_rate_gb_per_s=None, backend="gloo")
             for node in records["nodes"].values():
-                node.update(gpus=None, all_reduce_within=None)
+                node.update(gpus=None, all_reduce_within=None, all_reduce_with={})
 
         return spoil
 

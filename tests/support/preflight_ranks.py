@@ -2,9 +2,9 @@
 
 python -m tests.support.preflight_ranks SCENARIOS.json      prints {"name": [{"code", "seconds", "stderr"}, ...], ...}
 
-A scenario is {"name": {"ranks": [{"rank", "node", "records", "gpus", "fault"}, ...], "size", "seconds"}}. Every rank is a fork
-of this process, which has imported everything and initialised nothing, and runs the command's own main. A fault is planted
-in that one process.
+A scenario is {"name": {"ranks": [{"rank", "node", "records", "gpus", "fault"}, ...], "size", "seconds", "kill_on_bad_exit"}}.
+Every rank is a fork of this process, which has imported everything and initialised nothing, and runs the command's own main.
+A fault is planted in that one process.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ def hangs() -> None:
     bandwidth.measure = lambda *arguments, **named: time.sleep(600)
 
 
+def lingers() -> None:
+    """Rank 0 is slow to go once it has told the others."""
+    real_wait = meeting._wait_for_count
+    meeting._wait_for_count = lambda store, key, *rest: time.sleep(20) if key == "heard" else real_wait(store, key, *rest)
+
+
 def gpus(count: int):
     def plant() -> None:
         machine.gpus = lambda: {"count": count, "names": ["NVIDIA H100"] * count, "driver": "535.1", "uncorrected_ecc": [0] * count}
@@ -51,7 +57,7 @@ def gpus(count: int):
     return plant
 
 
-FAULTS = {"wrong_sum": wrong_sum, "killed": killed, "hangs": hangs, "one_gpu": gpus(1), "no_gpu": gpus(0)}
+FAULTS = {"wrong_sum": wrong_sum, "killed": killed, "hangs": hangs, "lingers": lingers, "one_gpu": gpus(1), "no_gpu": gpus(0)}
 
 
 def free_port() -> int:
@@ -97,6 +103,10 @@ def main() -> None:
         child, status = os.wait()
         name, number, log = running.pop(child)
         code = os.waitstatus_to_exitcode(status)
+        if code and scenarios[name].get("kill_on_bad_exit"):  # as srun does with that option
+            for peer, (of, *_) in running.items():
+                if of == name:
+                    os.kill(peer, signal.SIGTERM)
         results[name][number] = {"code": code, "seconds": time.monotonic() - began, "stderr": log.read_text()}
     print(json.dumps(results))
 

@@ -22,7 +22,7 @@ def write_records(directory: Path, count: int, spoil=None) -> Path:
         "head": {"token": "1234", "time": 1000.0, "hostname": "node01", "versions": dict(VERSIONS), "commit": "c0ffee", "recipe": {},
                  "run_folder": "/shared/run", "engine": "megatron", "nodes": count, "processes_per_node": 8},
         "all_reduce": {**_measured(8 * count, 310.0, 400.0), "world_size": 8 * count, "backend": "nccl", "minimum_gb_per_s": None},
-        "nodes": {name: _node(name, number) for number, name in enumerate(names(count))},
+        "nodes": {name: _node(name, number, count) for number, name in enumerate(names(count))},
         "errors": {},
     }  # fmt: skip
     if spoil:
@@ -43,13 +43,15 @@ def _measured(ranks: int, bus: float, line_rate: float) -> dict:
             "line_rate_gb_per_s": line_rate}  # fmt: skip
 
 
-def _node(name: str, number: int) -> dict:
+def _node(name: str, number: int, count: int) -> dict:
+    neighbours = [names(count)[(number + step) % count] for step in (1, -1)] if count > 2 else []
     return copy.deepcopy(
         {
             "node": name, "hostname": name, "ranks": list(range(8 * number, 8 * number + 8)), "token": "1234",
             "gpus": {"count": 8, "names": ["NVIDIA H100 80GB HBM3"] * 8, "driver": "550.54.15", "uncorrected_ecc": [0] * 8},
             "clock": 1003.0, "versions": dict(VERSIONS), "free_gb": {"run_folder": 9000.0, "/dev/shm": 500.0, "temporary": 300.0},
             "clock_at_meeting": 1010.0, "all_reduce_within": _measured(8, 370.0, 450.0),
+            "all_reduce_with": {neighbour: _measured(16, 330.0, 400.0) for neighbour in neighbours},
         }
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -49,11 +50,25 @@ class Measurement:
         }
 
 
-def measure(device: torch.device, megabytes: float, *, rank: int, contributions: list[int], group: Any = None) -> Measurement:
+def measure_among(ranks: list[int], limit: timedelta, device: torch.device, megabytes: float) -> Measurement:
+    """Time all-reduces over these ranks only. Collective over them; ranks that are not among them go on meanwhile.
+
+    The group is destroyed at once: torch puts the number of groups that a rank is in into the name of the next one, so two ranks
+    that have been in different numbers of groups would wait for each other for ever. And NCCL gets its buffers back.
+    """
+    group = dist.new_group(ranks, timeout=limit, use_local_synchronization=True)
+    try:
+        return measure(device, megabytes, contributions=ranks, group=group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def measure(device: torch.device, megabytes: float, *, contributions: list[int], group: Any = None) -> Measurement:
     """Time all-reduces of fp32 over a group. Collective over it. contributions: the ranks of the group, each of which adds rank + 1.
 
     Sums of fp32 are exact up to 2^24, that is, over 5,792 ranks.
     """
+    rank = dist.get_rank()
     buffer = torch.empty(max(1, round(megabytes * 1e6 / 4)), dtype=torch.float32, device=device)
     right = float(sum(number + 1 for number in contributions))
     seconds, wrong = [], None

@@ -174,7 +174,7 @@ def check_memory(job: Job, recipe: Recipe) -> str:
     memory = GPU_MEMORY_GB[job.gpu]
     plan = make_plan(recipe, job.engine, Cluster(job.nodes, job.processes_per_node, memory))
     if not plan.fits:
-        problem, _, fix = remedy(plan).partition("; ")
+        problem, _, fix = remedy(plan).replace(" makes it ", ", which makes it ").partition("; ")
         where = f"{job.recipe_file}: {plan.layout_words}"
         raise UserError(where, f"{problem} (predicted for {job.gpu})", fix if fix.startswith(("use", "lower")) else f"use {fix}")
     host = f", {plan.host_gb_per_node:,.0f} GB of host memory a node" if plan.host_gb_per_node else ""

@@ -13,7 +13,7 @@ from endprompt.atomic import write_json
 from endprompt.cluster.preflight import records
 from endprompt.cluster.preflight.alike import check_alike
 from endprompt.cluster.preflight.findings import EXCLUDE, Finding, unless_systemic
-from endprompt.cluster.preflight.links import check_all_reduce, check_within
+from endprompt.cluster.preflight.links import check_all_reduce, check_pairs, check_within
 from endprompt.errors import EXIT_BAD_INPUT, UserError, from_os_error
 
 SCRATCH_GB = 0.1
@@ -84,9 +84,16 @@ def examine(
     yield from _ecc(found)
     yield from unless_systemic(nodes, _no_room(found))
     yield from check_alike(wanted.gpus, head, found, wanted.skew)
-    yield from check_within(wanted.minimum, found, all_reduce)
+    slow = list(check_within(wanted.minimum, found, all_reduce))
+    yield from slow
+    named = {finding.node for finding in slow}
+    yield from (finding for finding in check_pairs(wanted.minimum, found, all_reduce) if finding.node not in named)
     if all_reduce is not None:
         yield from check_all_reduce(wanted.minimum, all_reduce)
+        for node, record in found.items():
+            if "clock_at_meeting" not in record and node not in explained:
+                fix = f"read the job's output for its ranks, or {EXCLUDE}"
+                yield Finding(node, UserError(node, "its record ends before the all-reduces, which took place without it", fix))
     elif not stopped and len(found) == len(nodes):
         path = wanted.directory / records.ALL_REDUCE
         yield Finding(None, UserError(path, "is not there: the ranks ended before they measured", "read the job's output for the reason"))
@@ -162,15 +169,17 @@ def _no_room(found: dict[str, dict[str, Any]]) -> Iterable[Finding]:
 
 
 def table(wanted: Wanted, found: dict[str, dict[str, Any]]) -> str:
-    """node, GPUs, driver, torch, clock offset against the median, all-reduce within the node."""
+    """node, GPUs, driver, torch, clock offset against the median, all-reduce within the node and with its neighbours."""
     middle = statistics.median(record["clock_at_meeting"] for record in found.values())
-    rows = [("node", "GPUs", "driver", "torch", "clock", "within the node")]
+    rows = [("node", "GPUs", "driver", "torch", "clock", "within the node", "with neighbours")]
     for node in wanted.nodes:
         record = found[node]
         gpus, within = record["gpus"], record["all_reduce_within"]
         kinds = f"{gpus['count']} x {gpus['names'][0]}" if gpus else "CPU"
         rate = f"{within['bus_gb_per_s']:.3g} GB/s" if within else "one rank"
         offset = f"{record['clock_at_meeting'] - middle:+.3f} s"
-        rows.append((node, kinds, (gpus["driver"] or "unknown") if gpus else "-", record["versions"]["torch"], offset, rate))
+        pairs = ", ".join(f"{pair['bus_gb_per_s']:.3g}" for pair in record["all_reduce_with"].values())
+        driver = (gpus["driver"] or "unknown") if gpus else "-"
+        rows.append((node, kinds, driver, record["versions"]["torch"], offset, rate, f"{pairs} GB/s" if pairs else "-"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,4 +1,6 @@
-"""Bandwidth, held against a minimum: over all ranks, and within each node to find the slow one. Rates in 10^9 bytes/s of bus bandwidth.
+"""Bandwidth, held against a minimum: over all ranks; within each node and between neighbours to find the slow one.
+
+All rates are bus bandwidth in 10^9 bytes/s.
 
 Without --min-bandwidth-gbps the minimum over NCCL is a quarter of what the planner's links could carry (`planning/cluster.py`):
 NVLink's 450 within a node; across nodes one 400 Gb/s card (50) for each of its ranks, 400 with eight, so 100. A sound cluster
@@ -42,6 +44,30 @@ def check_all_reduce(asked: float | None, record: dict[str, Any]) -> Iterable[Fi
         words = f"{record['bus_gb_per_s']:.3g} GB/s bus ({record['backend']}), at least {minimum:.3g} are needed"
         fix = "see with NCCL_DEBUG=INFO that NCCL uses NET/IB on every card and NVLink, or lower --min-bandwidth-gbps if the links are such"
         yield Finding(None, UserError(f"all-reduce over {record['ranks']} ranks", words, fix))
+
+
+def check_pairs(asked: float | None, found: dict[str, dict[str, Any]], all_reduce: dict[str, Any] | None) -> Iterable[Finding]:
+    """A node that is too slow with both its neighbours, where most nodes are not: with one of them it may be the other's fault."""
+    if asked is None and all_reduce is not None:
+        asked = all_reduce["minimum_gb_per_s"]
+    pairs = {node: record["all_reduce_with"] for node, record in found.items() if record.get("all_reduce_with")}
+    if not pairs:
+        return  # fewer than three nodes
+    best = {node: max(others.values(), key=lambda record: record["bus_gb_per_s"]) for node, others in pairs.items()}
+    median = statistics.median(record["bus_gb_per_s"] for record in best.values())
+    slow = {}
+    for node, record in best.items():
+        minimum = least(asked, record)
+        if record["line_rate_gb_per_s"] is not None:
+            minimum = max(minimum, SLOW * median)
+        if too_slow(record["bus_gb_per_s"], minimum):
+            slow[node] = minimum
+    if 2 * len(slow) > len(pairs):
+        return  # the network, not a node: the all-reduce over all ranks says it
+    for node, minimum in slow.items():
+        rates = ", ".join(f"{record['bus_gb_per_s']:.3g} with {other}" for other, record in pairs[node].items())
+        words = f"reaches {rates} GB/s bus, {minimum:.3g} are needed (median of the nodes {median:.3g})"
+        yield Finding(node, UserError(node, words, f"{EXCLUDE} and have its network cards and cables tested (ibstat, ib_write_bw)"), True)
 
 
 def check_within(asked: float | None, found: dict[str, dict[str, Any]], all_reduce: dict[str, Any] | None) -> Iterable[Finding]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -36,10 +37,11 @@ class Meeting:
             _wait_for_count(self.store, "left", place.size, LINGER_SECONDS)
 
 
-def meet(place: Place, backend: str, problem: RankFailure | None, seconds: float) -> Meeting:
-    """Arrive and hear who else did. problem: what is wrong here, to be told to all.
+def meet(place: Place, backend: str, problem: RankFailure | None, seconds: float, keep: Callable[[RankFailure], None]) -> Meeting:
+    """Arrive and hear who else did. problem: what is wrong here, to be told to all. keep: writes records of failures.
 
-    Raises RankFailure: this rank's own problem, or that of others. Rank 0's says which ranks are missing or in trouble.
+    Raises RankFailure: this rank's own problem, or that of others. Rank 0's says which ranks are missing or in trouble, and is kept
+    before anybody hears of it: whoever hears it exits, and srun (--kill-on-bad-exit) then ends rank 0 too.
     """
     store = _open_store(place, seconds)
     arrival = {"node": place.node, "backend": backend, "problem": problem.as_record() if problem else None}
@@ -47,18 +49,20 @@ def meet(place: Place, backend: str, problem: RankFailure | None, seconds: float
     store.add("arrived", 1)
     if place.rank == 0:
         news = _gather(store, place, seconds)
+        failure = problem or _failure(place, news, seconds)
+        if failure:
+            failure.missing, failure.told = news["missing"], news["problems"]
+            keep(failure)
         store.set("news", json.dumps(news))
     else:
         news = _hear(store, place, seconds)
-    if news["missing"] or news["problems"] or len(set(news["backends"])) > 1:
-        store.add("heard", 1)
-        if place.rank == 0:
-            _wait_for_count(store, "heard", place.size - len(news["missing"]), LINGER_SECONDS)
         failure = problem or _failure(place, news, seconds)
-        if place.rank == 0:
-            failure.missing, failure.told = news["missing"], news["problems"]
-        raise failure
-    return Meeting(store, news["nodes"])
+    if not failure:
+        return Meeting(store, news["nodes"])
+    store.add("heard", 1)
+    if place.rank == 0:
+        _wait_for_count(store, "heard", place.size - len(news["missing"]), LINGER_SECONDS)
+    raise failure
 
 
 def _open_store(place: Place, seconds: float) -> dist.TCPStore:
@@ -96,13 +100,16 @@ def _hear(store: dist.TCPStore, place: Place, seconds: float) -> dict:
         raise RankFailure(place, problem, "read what rank 0 and its node say in the job's output", "elsewhere") from None
 
 
-def _failure(place: Place, news: dict, seconds: float) -> RankFailure:
+def _failure(place: Place, news: dict, seconds: float) -> RankFailure | None:
+    """What of the others keeps this rank from going on, None where nothing does."""
     if news["missing"]:
         problem = f"{_ranks(news['missing'])} did not arrive within {seconds:g} s"
         return RankFailure(place, problem, "read the job's output for them, or exclude their node", "elsewhere")
     if news["problems"]:
         first = news["problems"][0]
         return RankFailure(place, f"stopped because of others, first {first['error']}", "mend that", "elsewhere")
+    if len(set(news["backends"])) == 1:
+        return None
     on_cpu = sorted({node for node, backend in zip(news["nodes"], news["backends"], strict=True) if backend == "gloo"})
     fix = f"have the GPUs of {', '.join(on_cpu)} looked at, or give --gpus, which says what every node must have"
     return RankFailure(place, f"some ranks see GPUs and those of {', '.join(on_cpu)} see none", fix, "unknown")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Literal, NoReturn
 
 from endprompt.atomic import write_json
 from endprompt.cluster.preflight.records import error_path
-from endprompt.errors import EXIT_BAD_INPUT, UserError
+from endprompt.errors import EXIT_BAD_INPUT, UserError, from_os_error
 
 Cause = Literal["own", "unknown", "elsewhere"]
 """Whose fault a failure is: this node's own; a collective's, where any rank may have been the one; another rank's."""
@@ -86,7 +86,7 @@ class Deadline:
     @contextmanager
     def phase(self, what: str, fix: str) -> Iterator[None]:
         failure = RankFailure(self._place, f"{what} did not end within {self._seconds:g} s", fix, "unknown")
-        timer = threading.Timer(self._seconds, _end_process, [failure, self._directory])
+        timer = threading.Timer(self._seconds, end_process, [failure, self._directory])
         timer.daemon = True
         timer.start()
         try:
@@ -95,19 +95,35 @@ class Deadline:
             timer.cancel()
 
 
-def _end_process(failure: RankFailure, directory: Path) -> NoReturn:
-    print(f"error: {failure}", file=sys.stderr, flush=True)
-    _briefly(lambda: write_error(directory, failure.as_record()))
+_ENDING = threading.Lock()
+
+
+def end_process(failure: RankFailure, directory: Path, *, say: bool = True) -> NoReturn:
+    """Print the failure's line, leave its records and exit with 2 at once.
+
+    At once, because a process group may hold threads that wait for a peer for ever. The first thread that comes here does it: when
+    one rank's deadline ends it, the others see it go at the very moment of their own.
+    """
+    if not _ENDING.acquire(blocking=False):
+        threading.Event().wait()  # until the other thread ends the process
+    if say:
+        print(f"error: {failure}", file=sys.stderr, flush=True)
+    writer = threading.Thread(target=write_errors, args=(directory, failure), daemon=True)
+    writer.start()
+    writer.join(WRITE_SECONDS)
+    sys.stdout.flush()
     os._exit(EXIT_BAD_INPUT)
 
 
-def _briefly(action: Callable[[], None]) -> None:
-    thread = threading.Thread(target=action, daemon=True)
-    thread.start()
-    thread.join(WRITE_SECONDS)
+def write_errors(directory: Path, failure: RankFailure) -> None:
+    """rank-R.error.json of this rank and of those it was told of: they may not see the folder.
 
-
-def write_error(directory: Path, record: dict) -> None:
-    """rank-R.error.json, where this machine sees the folder: a private copy on its own disk would help nobody."""
-    if directory.is_dir():
-        write_json(error_path(directory, record["rank"]), record)
+    Only where this machine sees it: a private copy on its own disk would help nobody.
+    """
+    if not directory.is_dir():
+        return
+    for error in (*failure.told, failure.as_record()):
+        try:
+            write_json(error_path(directory, error["rank"]), error)
+        except OSError as problem:
+            print(f"error: {from_os_error(problem)}", file=sys.stderr, flush=True)

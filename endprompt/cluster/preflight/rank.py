@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch: pages of C++ frames for a peer that is late
+os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # else torch aborts a rank whose peer is gone before it has left its record
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,8 @@ import torch.distributed as dist
 from endprompt.atomic import write_json
 from endprompt.cluster.preflight import bandwidth, machine, records
 from endprompt.cluster.preflight.meeting import Meeting, meet
-from endprompt.cluster.preflight.place import Deadline, Place, RankFailure, write_error
+from endprompt.cluster.preflight.pairs import measure_pairs
+from endprompt.cluster.preflight.place import Deadline, Place, RankFailure, end_process, write_errors
 from endprompt.errors import EXIT_BAD_INPUT, UserError, from_os_error
 
 HEAD_SECONDS = 10.0
@@ -48,13 +49,8 @@ def run(settings: Settings) -> int:
         return _run(settings, place, deadline)
     except (RankFailure, OSError) as problem:
         failure = problem if isinstance(problem, RankFailure) else _own(place, from_os_error(problem))
-        for record in (*failure.told, failure.as_record()):  # rank 0 writes for those that do not see the folder
-            write_error(settings.directory, record)
-        if failure.cause != "elsewhere" or place.rank == 0:  # 64 ranks need not all say what rank 0 told them
-            print(f"error: {failure}", file=sys.stderr, flush=True)
-        # A process group may hold threads that wait for a peer; nothing is left to save.
-        sys.stdout.flush()
-        os._exit(EXIT_BAD_INPUT)
+        # 64 ranks need not all say what rank 0 told them.
+        end_process(failure, settings.directory, say=failure.cause != "elsewhere" or place.rank == 0)
 
 
 def _run(settings: Settings, place: Place, deadline: Deadline) -> int:
@@ -63,7 +59,7 @@ def _run(settings: Settings, place: Place, deadline: Deadline) -> int:
     with deadline.phase("looking at the machine", "look at the node's file systems and GPUs, or exclude it"):
         facts, problem = look(settings, place, on_gpu)
     # The meeting bounds itself by 2 x seconds and says who is missing.
-    meeting = meet(place, backend, problem, settings.seconds)
+    meeting = meet(place, backend, problem, settings.seconds, keep=lambda failure: write_errors(settings.directory, failure))
     device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
     fix = "look for a rank that was killed or a network interface that is down (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
     try:
@@ -86,7 +82,7 @@ def look(settings: Settings, place: Place, on_gpu: bool) -> tuple[dict[str, Any]
     facts = {
         "node": place.node,
         "hostname": socket.gethostname(),
-        "ranks": [place.rank - place.local_rank + i for i in range(place.local_size)],
+        "ranks": [place.rank - place.local_rank + i for i in range(place.local_size)],  # srun's block order; the meeting knows
         "token": head["token"] if head else None,
         "gpus": None,
         "clock": time.time(),
@@ -131,7 +127,10 @@ def read_head(settings: Settings, place: Place) -> tuple[dict[str, Any] | None, 
 
 
 def talk(settings: Settings, place: Place, meeting: Meeting, device: torch.device, facts: dict[str, Any]) -> str | None:
-    """Process group, clocks, all-reduce over all and within each node; records both. Returns what was wrong with a sum, if anything."""
+    """Process group, clocks, all-reduces over all ranks, within each node and of neighbours; records them.
+
+    Returns what was wrong with a sum, if anything was.
+    """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -144,13 +143,13 @@ def talk(settings: Settings, place: Place, meeting: Meeting, device: torch.devic
     facts["clock_at_meeting"] = time.time()  # all ranks read it within a millisecond or so
 
     megabytes = MEGABYTES[backend] if settings.megabytes is None else settings.megabytes
-    whole = bandwidth.measure(device, megabytes, rank=place.rank, contributions=list(range(place.size)))
-    mine = meeting.ranks_of(place.node)
-    within = None
-    if len(mine) > 1:
-        group = dist.new_group(mine, timeout=limit, use_local_synchronization=True)
-        within = bandwidth.measure(device, megabytes, rank=place.rank, contributions=mine, group=group)
+    whole = bandwidth.measure(device, megabytes, contributions=list(range(place.size)))
+    facts["ranks"] = mine = meeting.ranks_of(place.node)
+    within = bandwidth.measure_among(mine, limit, device, megabytes) if len(mine) > 1 else None
+    pairs = measure_pairs(place, meeting, device, megabytes, limit)
     facts["all_reduce_within"] = within.as_record(bandwidth.line_rate(device, 1, len(mine))) if within else None
+    rate = bandwidth.line_rate(device, 2, len(mine))
+    facts["all_reduce_with"] = {node: pair.as_record(rate) for node, pair in pairs.items()}
     if place.local_rank == 0:
         write_json(records.node_path(settings.directory, place.node), facts)
     if place.rank == 0:
@@ -160,7 +159,7 @@ def talk(settings: Settings, place: Place, meeting: Meeting, device: torch.devic
     bandwidth.barrier(device)
     dist.destroy_process_group()
     meeting.leave(place)
-    return whole.wrong or (within.wrong if within else None)
+    return next((found.wrong for found in (whole, within, *pairs.values()) if found and found.wrong), None)
 
 
 def report(settings: Settings) -> int:

@@ -1,7 +1,7 @@
 """The folder of a preflight's records: which file holds what, and reading them with one line for what is wrong.
 
 head.json               written by `head`: a random token, the batch host's versions, recipe, run folder
-node-NAME.json          written by the first local rank of a node: GPUs, driver, versions, clock, free space, all-reduce within the node
+node-NAME.json          written by the first local rank of a node: GPUs, driver, versions, clock, free space, its all-reduces
 all_reduce.json         written by rank 0: bandwidth over all ranks
 rank-R.error.json       what stopped rank R
 verdict.json            written by `judge`: {"ok", "errors", "bad_nodes"}
