@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 from endprompt.checkpoint import conversion, digests
@@ -51,14 +52,14 @@ class _NoDigest:
 def drop_numbers() -> None:
     """From now on blocks of numbers are neither hashed nor written in this process: the file grows by a hole instead."""
     digests._MAKERS[digests.ALGORITHM] = _NoDigest
-    write = conversion.Files.write
+    write, alone = conversion.Files.write, threading.Lock()
 
     def write_small(self, name, offset, data):
-        if len(data) < 2**18:
-            return write(self, name, offset, data)
         descriptor = self.descriptor(name)
-        with self._lock:
-            if os.fstat(descriptor).st_size < offset + len(data):
+        with alone:  # a write between fstat and ftruncate that made the file longer would be cut off again
+            if len(data) < 2**18:
+                write(self, name, offset, data)
+            elif os.fstat(descriptor).st_size < offset + len(data):
                 os.ftruncate(descriptor, offset + len(data))
 
     conversion.Files.write = write_small
