@@ -46,7 +46,7 @@ def main() -> int:
         for line in differences[:SHOWN]:
             print(f"  {line}")
     facts = report["facts"]
-    print(f"{facts['tensors']} tensors, weights sha256 {facts['weights_sha256_a'][:16]} and {facts['weights_sha256_b'][:16]}")
+    print(f"{facts['tensors']} tensors, weights {facts['weights_digest_a']} and {facts['weights_digest_b']}")
     if "logit_worst_relative_error" in facts:
         print(f"worst relative error of the logits {facts['logit_worst_relative_error']:g} at {len(facts['logit_positions'])} positions")
     if arguments.report:

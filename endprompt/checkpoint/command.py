@@ -32,7 +32,7 @@ def convert(arguments: argparse.Namespace, plan: Callable[[], Conversion]) -> No
         print(f"{arguments.output} is complete already")
         return
     conversion = plan()
-    memory = 0.35 + 0.03 * arguments.workers  # GB: Python with torch, and an 8 MB block or two, with their casts, a thread
+    memory = 0.35 + 0.01 * arguments.workers  # GB: Python with torch, and a 1 MB block or two, with their casts, a thread
     print(f"{len(conversion.tasks)} tensors, {conversion.size / 1e9:.2f} GB of disk, under {memory:.1f} GB of memory", flush=True)
     if arguments.dry_run:
         speed = _disk_speed(arguments.output)

@@ -28,7 +28,7 @@ def model_card(
 ) -> str:
     """Markdown with Hugging Face front matter. step: optimizer steps trained; None when the weights are the base's own.
 
-    provenance: what else is known of the origin, one line each, for instance {"Weights": "sha256 ..."}.
+    provenance: what else is known of the origin, one line each, for instance {"Weights": "xxh3_128:..."}.
     """
     base = Path(recipe.model.path).name
     physical = recipe.positions.physical_length

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 from endprompt.checkpoint.companions import DTYPE_NAMES, copy_tokenizer, read_tokenizer_settings, set_dtype, write_companions
 from endprompt.checkpoint.conversion import Conversion, Files, Task
+from endprompt.checkpoint.digests import ALGORITHM, Digest
 from endprompt.checkpoint.layout_record import Shard, fitting, layout_of, new_layout, recorded_layout, write_index
 from endprompt.checkpoint.locate import find_checkpoint
 from endprompt.checkpoint.megatron_metadata import ModelFacts, read_model_facts
@@ -116,17 +116,17 @@ def plan_to_huggingface(
     tasks = _tasks(view, shards)
 
     def finish(partial: Path, done: dict[str, dict]) -> None:
-        digests = {name: facts["sha256"] for name, facts in done.items() if "sha256" in facts}
+        digests = {name: facts["digest"] for name, facts in done.items() if "digest" in facts}
         write_index(partial, shards, _with_head(view.tensors))
         shown = {name: _with_head(view.tensors)[name] for name in digests}
         facts = {"step": found_step, "metadata_sha256": file_sha256(folder / ".metadata")}
         digest = record_conversion(partial, "megatron to huggingface", folder, shown, digests, **facts)
-        _write_rest(partial, model, found_step, {"Weights": f"sha256 {digest} (names, dtypes, shapes and numbers)", **_origin(folder)})
+        _write_rest(partial, model, found_step, {"Weights": f"{digest} (names, dtypes, shapes and numbers)", **_origin(folder)})
 
     files = sorted(path.name for path in folder.glob("*.distcp")) + [".metadata"]
     identity = {
         "to": "huggingface", "source": source_identity(folder, files), "dtype": model.dtype, "config": model.exported_config(),
-        "shards": [vars(shard) for shard in shards],
+        "shards": [vars(shard) for shard in shards], "digests": ALGORITHM,
     }  # fmt: skip
     return Conversion(target, identity, tasks, finish)
 
@@ -176,14 +176,14 @@ def _writer(view: TensorReader, name: str, file: str, offset: int) -> Callable[[
     info = view.tensors[name]
 
     def work(files: Files) -> dict[str, Any]:
-        digest, buffer = hashlib.sha256(), block_buffer(info)
+        digest, buffer = Digest(), block_buffer(info)
         for start, stop in row_blocks(info):
             block = buffer[: (stop - start) * info.row_bytes]
             view.read(name, start, stop, block)
             files.write(file, offset + start * info.row_bytes, block)
             digest.update(block)
             files.progress(len(block))
-        return {"sha256": digest.hexdigest()}
+        return {"digest": digest.text()}
 
     return work
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from endprompt.checkpoint.companions import copy_tokenizer
 from endprompt.checkpoint.conversion import Conversion, Files, Task
+from endprompt.checkpoint.digests import ALGORITHM, Digest
 from endprompt.checkpoint.layout_record import record_layout
 from endprompt.checkpoint.locate import TRACKER
 from endprompt.checkpoint.mapping import huggingface_names, row_of, source_runs
@@ -61,7 +61,7 @@ def plan_to_megatron(source: Path, target: Path, *, vocabulary_multiple: int = 1
 
     def finish(top: Path, done: dict[str, dict]) -> None:
         folder = top / "release" if megatron_lm else top
-        digests = {name: digest for facts in done.values() for name, digest in facts["sha256"].items()}
+        digests = {name: digest for facts in done.values() for name, digest in facts["digests"].items()}
         write_description(folder, view.tensors, blobs, architecture.layers, _MEGATRON_LM if megatron_lm else {})
         rows = architecture.vocab_size + padding
         write_model_facts(folder, None, architecture, config, architecture.rope, source=source, padded_vocab_size=rows)
@@ -75,18 +75,20 @@ def plan_to_megatron(source: Path, target: Path, *, vocabulary_multiple: int = 1
             (top / TRACKER).write_text("release\n")
 
     files = source_identity(source, ["config.json", *sorted(reader.files)])
-    identity = {"to": "megatron", "source": files, "vocabulary_multiple": vocabulary_multiple, "megatron_lm": megatron_lm}
+    identity = {
+        "to": "megatron", "source": files, "vocabulary_multiple": vocabulary_multiple, "megatron_lm": megatron_lm, "digests": ALGORITHM,
+    }  # fmt: skip
     return Conversion(target, identity, tasks, finish, subfolder="release" if megatron_lm else "")
 
 
 def _writer(view: MegatronView, architecture: Architecture, name: str, blobs: list[Blob]) -> Callable[[Files], dict[str, Any]]:
-    """Work of one parameter: its chunks in order, and the sha256 of each Hugging Face tensor in it on the way."""
+    """Work of one parameter: its chunks in order, and the digest of each Hugging Face tensor in it on the way."""
     info = view.tensors[name]
     row, layer = row_of(name)
     sources = huggingface_names(row, layer)
 
     def work(files: Files) -> dict[str, Any]:
-        hashes = [hashlib.sha256() for _ in sources]
+        hashes = [Digest() for _ in sources]
         buffer = block_buffer(info)
         for blob in blobs:
             for start, stop in row_blocks(TensorInfo((blob.stop - blob.start, *info.shape[1:]), info.dtype)):
@@ -97,7 +99,7 @@ def _writer(view: MegatronView, architecture: Architecture, name: str, blobs: li
                 files.progress(len(block))
             files.write(blob.file, blob.offset, blob.archive.head())
             files.write(blob.file, blob.offset + blob.length - len(blob.archive.tail()), blob.archive.tail())
-        return {"sha256": {source: digest.hexdigest() for source, digest in zip(sources, hashes, strict=True)}}
+        return {"digests": {source: digest.text() for source, digest in zip(sources, hashes, strict=True)}}
 
     def _hash_rows(block: memoryview, start: int, stop: int, hashes: list) -> None:
         end, at = min(stop, architecture.vocab_size) if row.vocabulary else stop, 0

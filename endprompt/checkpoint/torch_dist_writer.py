@@ -4,7 +4,7 @@ Each chunk of a tensor is a torch.save file within a .distcp file: a zip archive
 and version. Its size is known before any number is, so chunks are written straight to their place, through small buffers.
 
 The archive's checksum of the numbers is left 0, as torch.serialization.set_crc32_options(False) does: torch.load never looks
-at it, and summing took a quarter of the conversion's time. What guards the numbers is the sha256 of every tensor in
+at it, and summing took a quarter of the conversion's time. What guards the numbers is the digest of every tensor in
 endprompt_conversion.json, which verify_checkpoint.py compares; unzip -t would complain.
 """
 

@@ -7,17 +7,16 @@ with the conversion: transformers computes one side, Megatron's conventions writ
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from endprompt.checkpoint.digests import ALGORITHM, Digest, algorithm_of
 from endprompt.checkpoint.locate import find_checkpoint, is_megatron
-from endprompt.checkpoint.provenance import CONVERSION, weights_digest
+from endprompt.checkpoint.provenance import CONVERSION, recorded_digests, weights_digest
 from endprompt.checkpoint.safetensors_files import SafetensorsFolder, TensorInfo
 from endprompt.checkpoint.to_huggingface import describe_model
 from endprompt.checkpoint.to_megatron import EMBEDDING, HEAD
@@ -92,15 +91,18 @@ def compare_tensors(a: Side, b: Side, *, cast: bool = False, progress: Callable[
     left, right = _names(a), _names(b)
     verdict.differences += [f"{name}: only in {a.path}" for name in left if name not in right]
     verdict.differences += [f"{name}: only in {b.path}" for name in right if name not in left]
+    records = [recorded_digests(side.path) for side in (a, b)]
+    algorithms = [{ALGORITHM, *map(algorithm_of, record.values())} for record in records]
     digests: tuple[dict, dict] = ({}, {})
     for name in left:
         if name in right:
-            difference, *both = _compare(a.tensors, b.tensors, name, cast, progress)
+            difference, *both = _compare(a.tensors, b.tensors, name, cast, progress, algorithms)
             verdict.differences += [difference] if difference else []
             digests[0][name], digests[1][name] = both
-    for side, own, key in ((a, digests[0], "weights_sha256_a"), (b, digests[1], "weights_sha256_b")):
-        verdict.facts[key] = weights_digest(side.tensors.tensors, own)
-        verdict.differences += _compare_with_record(side, own)
+    for side, own, record, letter in zip((a, b), digests, records, "ab", strict=True):
+        shown = {name: texts.get(ALGORITHM, "") for name, texts in own.items()}
+        verdict.facts[f"weights_digest_{letter}"] = weights_digest(side.tensors.tensors, shown)
+        verdict.differences += _compare_with_record(side, own, record)
     verdict.facts["tensors"] = len(digests[0])
     for side, other in ((a, b), (b, a)):
         if side.megatron is not None and verdict.same and not cast:
@@ -114,17 +116,24 @@ def _names(side: Side) -> dict[str, TensorInfo]:
     return {name: info for name, info in side.tensors.tensors.items() if name not in drop and not name.endswith(".rotary_emb.inv_freq")}
 
 
-def _compare(a: TensorReader, b: TensorReader, name: str, cast: bool, progress: Callable[[int], None]) -> tuple[str | None, str, str]:
-    """(what differs first, sha256 in a, sha256 in b)"""
+def _compare(
+    a: TensorReader,
+    b: TensorReader,
+    name: str,
+    cast: bool,
+    progress: Callable[[int], None],
+    algorithms: Sequence[Collection[str]] = ((), ()),
+) -> tuple[str | None, dict[str, str], dict[str, str]]:
+    """(what differs first, digests in a, digests in b), digests by the algorithms asked for on each side."""
     mine, theirs = a.tensors[name], b.tensors[name]
     difference = None
     if mine.shape != theirs.shape:
         difference = f"{name}: shape {list(mine.shape)} against {list(theirs.shape)}"
     elif mine.dtype != theirs.dtype and not cast:
         difference = f"{name}: dtype {mine.dtype} against {theirs.dtype}"
-    hashes = [hashlib.sha256(), hashlib.sha256()]
     if difference:
-        return difference, "", ""
+        return difference, {}, {}
+    hashes = [Digest(names) for names in algorithms]
     wider = max(mine, theirs, key=lambda info: info.row_bytes)
     for start, stop in row_blocks(wider):
         blocks = []
@@ -136,7 +145,7 @@ def _compare(a: TensorReader, b: TensorReader, name: str, cast: bool, progress: 
         progress(len(blocks[0]))
         if difference is None and not (mine.dtype == theirs.dtype and blocks[0] == blocks[1]):
             difference = _first_difference(name, start, blocks, mine, theirs)
-    return difference, hashes[0].hexdigest(), hashes[1].hexdigest()
+    return difference, hashes[0].texts(), hashes[1].texts()
 
 
 def _first_difference(name: str, start: int, blocks: list[bytearray], mine: TensorInfo, theirs: TensorInfo) -> str | None:
@@ -166,16 +175,9 @@ def _compare_packed(side: Side, other: Side, progress: Callable[[int], None]) ->
     return found
 
 
-def _compare_with_record(side: Side, digests: dict[str, str]) -> list[str]:
+def _compare_with_record(side: Side, digests: dict[str, dict[str, str]], record: dict[str, str]) -> list[str]:
     """Against the digests that the conversion recorded when it wrote the folder: a shard replaced since then shows here."""
-    path = side.path / CONVERSION
-    if not path.is_file():
-        return []
-    try:
-        recorded = dict(json.loads(path.read_text())["tensors_sha256"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(path, "cannot be read", "remove it; the digests recorded at the conversion are then not compared") from None
     return [
-        f"{name}: is not what was written to {side.path} (its sha256 is another than {CONVERSION} says)"
-        for name, digest in digests.items() if digest and recorded.get(name, digest) != digest
+        f"{name}: is not what was written to {side.path} (its digest is another than {CONVERSION} says)"
+        for name, texts in digests.items() if texts and name in record and record[name] not in texts.values()
     ]  # fmt: skip

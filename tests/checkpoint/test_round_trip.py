@@ -234,8 +234,8 @@ def test_a_trained_checkpoint_exports_the_recipes_rope_and_window(rope, tmp_path
     assert tokenizer.model_max_length == 1024
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "export").dtype == torch.bfloat16
     card = (tmp_path / "export/README.md").read_text()
-    digest = json.loads((tmp_path / "export" / CONVERSION).read_text())["weights_sha256"]
-    assert digest in card and "Trained for 10 steps" in card and "sha256" in card
+    digest = json.loads((tmp_path / "export" / CONVERSION).read_text())["weights_digest"]
+    assert digest.startswith("xxh3_128:") and digest in card and "Trained for 10 steps" in card
     assert yaml.safe_load(card.split("```yaml")[1].split("```")[0]) == recipe.model_dump(mode="json")
 
     # The same weights as Megatron-LM would have left them: no facts, so the user names config and recipe.
@@ -249,7 +249,7 @@ def test_digest_does_not_depend_on_format_or_shards(tmp_path):
     source = make_family("llama3.1", tmp_path / "hf")
     there_and_back(tmp_path, source)
     convert("to huggingface", tmp_path / "megatron", tmp_path / "other", shard_gb=1e-4)
-    digests = {json.loads((tmp_path / name / CONVERSION).read_text())["weights_sha256"] for name in ("megatron", "back", "other")}
+    digests = {json.loads((tmp_path / name / CONVERSION).read_text())["weights_digest"] for name in ("megatron", "back", "other")}
     assert len(digests) == 1
 
 

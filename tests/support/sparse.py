@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import types
+import threading
 from pathlib import Path
 
-from endprompt.checkpoint import conversion, to_huggingface, to_megatron
+from endprompt.checkpoint import conversion, digests
 from endprompt.checkpoint.companions import plan_shards, shard_name
 from endprompt.checkpoint.safetensors_files import TensorInfo, make_header
 from endprompt.checkpoint.views import tensors_of_huggingface
@@ -46,20 +46,20 @@ class _NoDigest:
         pass
 
     def hexdigest(self) -> str:
-        return "0" * 64
+        return "0" * 32
 
 
 def drop_numbers() -> None:
     """From now on blocks of numbers are neither hashed nor written in this process: the file grows by a hole instead."""
-    to_megatron.hashlib = to_huggingface.hashlib = types.SimpleNamespace(sha256=_NoDigest)
-    write = conversion.Files.write
+    digests._MAKERS[digests.ALGORITHM] = _NoDigest
+    write, alone = conversion.Files.write, threading.Lock()
 
     def write_small(self, name, offset, data):
-        if len(data) < 2**18:
-            return write(self, name, offset, data)
         descriptor = self.descriptor(name)
-        with self._lock:
-            if os.fstat(descriptor).st_size < offset + len(data):
+        with alone:  # a write between fstat and ftruncate that made the file longer would be cut off again
+            if len(data) < 2**18:
+                write(self, name, offset, data)
+            elif os.fstat(descriptor).st_size < offset + len(data):
                 os.ftruncate(descriptor, offset + len(data))
 
     conversion.Files.write = write_small
