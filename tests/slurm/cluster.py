@@ -140,8 +140,8 @@ class Cluster:
         if mark:
             self._run("scontrol", "update", f"nodename={node}", "state=down", "reason=power")
 
-    def processes(self, node: str, words: str) -> list[int]:
-        """Processes on a node whose command line holds `words`."""
+    def processes(self, node: str, pattern: str) -> list[int]:
+        """Processes on a node whose command line begins with `pattern`, a regular expression."""
         if not self.is_on(node):
             return []
         name = os.readlink(f"/proc/{int((self.path / f'{node}.pid').read_text())}/ns/uts")
@@ -149,7 +149,7 @@ class Cluster:
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if os.readlink(process / "ns/uts") == name and words in command:
+                if os.readlink(process / "ns/uts") == name and re.match(pattern, command):
                     found.append(int(process.name))
         return sorted(found)
 

@@ -27,33 +27,33 @@ def test_one_run_survives_everything(prepared, unbroken):
     victim = Victim(prepared, "survivor")
     cluster, job = victim.cluster, victim.job
 
-    victim.reach(5)
+    victim.go_on(3)
     signal_batch(cluster, job)
     victim.restarted(1)
 
-    victim.reach(10)
+    victim.go_on(3)
     cluster.output("scontrol", "requeue", job)
     victim.restarted(2)
 
     bad = victim.nodes[1]
-    victim.reach(15)
+    victim.go_on(1)
     victim.while_saving()
     kill(victim.rank_on(bad))
     victim.restarted(3)
 
     assert bad in victim.nodes
-    victim.reach(21)
+    victim.go_on(3)
     kill(victim.rank_on(bad))
     victim.restarted(4)
     assert bad not in victim.nodes and bad in cluster.job(job)["ExcNodeList"], "it was the first to fail, twice"
 
-    victim.reach(26)
+    victim.go_on(3)
     batch_host = cluster.job(job)["BatchHost"]
     cluster.power_off(batch_host)
     victim.restarted(5)
     assert batch_host not in victim.nodes
 
-    victim.reach(31)
+    victim.go_on(3)
     other = next(node for node in victim.nodes if node != cluster.job(job)["BatchHost"])
     orphans = victim.rank_on(other)
     for process in orphans:  # so that the run is not done before SlurmdTimeout, 10 s, is over
@@ -77,21 +77,20 @@ def test_one_run_survives_everything(prepared, unbroken):
 def test_a_preempted_job_comes_back_and_a_cancelled_one_does_not(prepared, unbroken):
     victim = Victim(prepared, "preempted", "--nodelist=node15,node16")
     cluster, job = victim.cluster, victim.job
-    victim.reach(5)
+    victim.go_on(3)
     urgent = cluster.output(
         "sbatch", "--parsable", "--partition=urgent", "--nodelist=node15,node16", "--nodes=2", "--exclusive", "--output=/dev/null",
         "--wrap", "sleep 1",
     )  # fmt: skip
     prepared.wait_for(urgent, "COMPLETED", 90)
     victim.restarted(1)
-    reached = victim.run.step
-    victim.reach(reached + 3)
+    victim.go_on(3)
     cluster.output("scancel", job)
     prepared.wait_for(job, "CANCELLED", 60)
     time.sleep(3)
     assert cluster.job(job)["JobState"] == "CANCELLED"
     history = victim.run.history
-    assert len(history) >= reached + 3 and history == unbroken[: len(history)]
+    assert len(history) >= 7 and history == unbroken[: len(history)]
 
 
 @pytest.mark.timeout(400)

@@ -75,7 +75,7 @@ def test_the_time_limit_itself(prepared, unbroken):
 def test_a_rank_that_hangs_is_found_and_the_run_goes_on(prepared, unbroken):
     prepared.write_settings(HANG_TIMEOUT="45")
     victim = Victim(prepared, "hanging")
-    victim.reach(5)
+    victim.go_on(2)
     began = time.monotonic()
     for process in victim.rank_on(victim.nodes[1]):
         os.kill(process, signal.SIGSTOP)
@@ -90,7 +90,7 @@ def test_a_job_that_gets_nowhere_is_given_up(prepared):
     """A rank that dies at every start before a checkpoint: three attempts, then no more GPU-hours."""
     victim = Victim(prepared, "nowhere", save_interval=1000)
     for attempt in range(3):
-        victim.reach(2)
+        victim.go_on(2)
         kill(victim.rank_on(victim.nodes[attempt % 2]))
         if attempt < 2:
             victim.restarted(attempt + 1)

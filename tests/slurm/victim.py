@@ -24,8 +24,19 @@ class Victim:
         except AssertionError as error:
             raise AssertionError(f"{error}; the run is at step {self.run.step}\n{self.site.log(self.job)[-4000:]}") from None
 
-    def reach(self, step: int) -> None:
-        self.wait(lambda: self.run.step >= step, f"step {step}")
+    def go_on(self, steps: int) -> None:
+        """Until this attempt has logged `steps` steps more than the checkpoint it started from.
+
+        The log holds later steps of the attempt before until this one cuts them off: hence the time of its last write.
+        """
+
+        def there() -> bool:
+            if not self.starts or not (self.run.path / "log.jsonl").exists():
+                return False
+            start, written = self.starts[-1], (self.run.path / "log.jsonl").stat().st_mtime
+            return written > start["time"] and start["step"] + steps <= self.run.step
+
+        self.wait(there, f"{steps} steps of attempt {len(self.starts)}")
 
     @property
     def starts(self) -> list[dict]:
@@ -40,7 +51,8 @@ class Victim:
         return self.starts[-1]["nodes"]
 
     def rank_on(self, node: str) -> list[int]:
-        return self.cluster.processes(node, "ds_train.py --recipe")
+        """The rank itself, as the kernel would kill it when memory runs out, not the shell around it."""
+        return self.cluster.processes(node, r"\S*python ds_train\.py --recipe")
 
     def training(self) -> None:
         """Until ranks of this attempt run, or the job has ended."""
