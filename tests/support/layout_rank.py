@@ -1,6 +1,6 @@
 """One rank of tests/megatron_patches/test_layouts.py: the same training at one parallel layout after another.
 
-layout_rank.py JOBS OUT        JOBS: json list of {name, ranks, recipe, overrides, fault}; writes OUT/<name>.json
+layout_rank.py JOBS OUT        RANK in the environment; JOBS: json list of {name, ranks, recipe, overrides, fault}; writes OUT/<name>.json
 
 Importing Megatron costs more than training this model, so eight processes stay and form a new world for each job; those
 beyond its number of ranks wait for the next one.
