@@ -21,6 +21,7 @@ import torch.distributed as dist
 def main() -> None:
     jobs, out, rank = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(os.environ["RANK"])
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = "0"  # where there is a GPU, all share it
     from megatron_patches import cpu_backend, torch_adam
 
     cpu_backend.install()
