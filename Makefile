@@ -34,8 +34,9 @@ setup: $(READY) ## make .venv with everything that CPU and GPU runs need
 demo: $(READY) ## extend a real checkpoint from 8K to 64K and show before and after
 	@$(PY) tools/demo.py $(ARGS)
 
+# Two workers, a file each: most of the tests wait for processes of their own. One file by itself: .venv/bin/python -m pytest FILE
 test: $(READY) ## run the tests
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(READY) ## measure speed and memory against the ordinary ways
 	@$(PY) benchmarks/run.py $(ARGS)
