@@ -34,8 +34,9 @@ setup: $(READY) ## make .venv with everything that CPU and GPU runs need
 demo: $(READY) ## extend a real checkpoint from 8K to 64K and show before and after
 	@$(PY) tools/demo.py $(ARGS)
 
+# Two workers, a file each: most of the tests wait for processes of their own. One file by itself: .venv/bin/python -m pytest FILE
 test: $(READY) ## run the tests
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: $(READY) ## run the long tests on a SLURM cluster: twenty kills, time limit, hanging ranks
 	@SOAK=1 $(PY) -m pytest tests/slurm/test_soak.py --timeout=3600 -s $(ARGS)

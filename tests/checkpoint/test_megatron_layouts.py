@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from endprompt.checkpoint.megatron_metadata import FACTS
 from endprompt.checkpoint.to_huggingface import plan_to_huggingface
 from endprompt.checkpoint.to_megatron import plan_to_megatron
 from tests.support.checkpoints import make_family
-from tests.support.workspace import ROOT
+from tests.support.warm import launch_ranks
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 LOADED = ["llama2 (MHA)", "llama3 (GQA)", "llama3.1", "llama3.2 (tied)", "mistral (wide heads)"]
@@ -49,10 +46,7 @@ def world(tmp_path_factory):
     numbered = {"singleton_local_shards": True}  # Megatron's other way of naming layers; loading does not tell it by itself
     jobs.append({**jobs[4], "checkpoint": jobs[4]["save"], "save": str(place / "0-again"), "save_metadata": numbered})
     (place / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", "0", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", str(ROOT / "tests/support/megatron_world.py"), str(place / "jobs.json")]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "torch/distributed/elastic" not in line)[:6000]
+    assert launch_ranks("megatron", 4, "megatron_world.py", place / "jobs.json") == 0
     return place
 
 

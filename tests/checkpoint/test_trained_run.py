@@ -13,7 +13,7 @@ from endprompt.checkpoint.verify import open_side
 from endprompt.models.hf_config import load_hf_config, rope_of_config
 from endprompt.rope import scaling_for
 from tests.support.tiny import make_tiny_checkpoint
-from tests.support.workspace import ROOT, Workspace, quiet_environment
+from tests.support.workspace import MEGATRON, ROOT, Workspace, quiet_environment
 
 
 def command(*arguments: str) -> str:
@@ -29,8 +29,8 @@ def test_export_of_a_run(tmp_path):
         "training.steps": 2, "output.save_interval": 2, "megatron.tensor_parallel": 2, "megatron.pipeline_parallel": 2,
         "training.warmup_steps": 0, "rope.type": "yarn",
     }  # fmt: skip
-    sets = [word for field, value in changes.items() for word in ("--set", f"{field}={value}")]
-    command("-m", "megatron_patches.train", "--recipe", str(workspace.recipe_file), "--nproc-per-node", "4", *sets)
+    workspace.entry = MEGATRON
+    workspace.train(ranks=4, **changes)
     said = command("tools/megatron_to_hf.py", "--input", str(tmp_path / "run"), "--output", str(tmp_path / "export"))
     assert "written in" in said
     recipe = workspace.recipe(**changes)

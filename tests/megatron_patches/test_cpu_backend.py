@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import logging
-import os
-import sys
 import threading
 
 import pytest
@@ -12,9 +10,8 @@ import torch
 from torch.overrides import _get_current_function_mode, _get_current_function_mode_stack
 
 from endprompt.errors import UserError
-from endprompt.training.launch import launch
 from megatron_patches import cpu_backend, torch_adam
-from tests.support.workspace import ROOT
+from tests.support.warm import launch_ranks
 
 if importlib.util.find_spec("megatron") is None or not cpu_backend.install():
     pytest.skip("needs Megatron-Core on a machine without CUDA", allow_module_level=True)
@@ -22,7 +19,6 @@ import megatron.core.models.gpt  # noqa: E402, F401  (while the backend is there
 
 cpu_backend.remove()
 
-RANK = "from megatron_patches import cpu_backend; cpu_backend.install(); from tests.megatron_patches.cpu_parts import main; main()"
 WEIGHTS = dict(load="start", load_optimizer=False)  # another state of the optimizer, or another number of its parts
 
 ONE_RANK = {
@@ -61,15 +57,11 @@ def results(tmp_path_factory):
     """Losses, norms and Adam's step counters of every case; two worlds, since starting a process costs more than a case."""
     folder = tmp_path_factory.mktemp("cpu")
     found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.chdir(ROOT)
-        for ranks, program in ((1, ONE_RANK), (2, TWO_RANKS)):
-            file, out = folder / f"program{ranks}.json", folder / f"results{ranks}.json"
-            file.write_text(json.dumps(program))
-            assert launch(ranks, [sys.executable, "-W", "ignore", "-c", RANK, str(file), str(folder), str(out)]) == 0
-            found |= json.loads(out.read_text())
+    for ranks, program in ((1, ONE_RANK), (2, TWO_RANKS)):
+        file, out = folder / f"program{ranks}.json", folder / f"results{ranks}.json"
+        file.write_text(json.dumps(program))
+        assert launch_ranks("megatron", ranks, "cpu_backend_rank.py", file, folder, out) == 0
+        found |= json.loads(out.read_text())
     return found
 
 

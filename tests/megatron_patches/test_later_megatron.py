@@ -27,6 +27,7 @@ def test_the_patch_tests_pass_on_a_later_release(tmp_path):
     if installed.returncode:
         pytest.skip(f"megatron-core {VERSION} cannot be installed: {installed.stderr.strip().splitlines()[-1]}")
     environment = {**quiet_environment(), "PYTHONPATH": f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    environment["PYTHONDONTWRITEBYTECODE"] = ""  # else each of its processes compiles the whole of it again
     proof = "import importlib.metadata as m; print(m.version('megatron-core'))"
     assert subprocess.run([sys.executable, "-c", proof], env=environment, capture_output=True, text=True).stdout.strip() == VERSION
     files = [f"tests/megatron_patches/{name}" for name in FILES]

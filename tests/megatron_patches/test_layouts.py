@@ -4,19 +4,17 @@ Samples differ in their positions within every micro-batch (scheme pose; endprom
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from tests.support.tiny import make_tiny_checkpoint
-from tests.support.workspace import ROOT, Workspace, quiet_environment
+from tests.support.warm import launch_ranks
+from tests.support.workspace import Workspace
 
 # Adam's first steps are the sign of a gradient: where that is rounding noise (1e-9), layouts would part by the learning rate.
 # An epsilon above the noise keeps the comparison about the layouts; the loss may still differ by no more than 1e-5.
 SETTINGS = {
-    "positions.scheme": "pose", "training.micro_batch_size": 2, "training.global_batch_size": 16, "training.steps": 10,
+    "positions.scheme": "pose", "training.micro_batch_size": 4, "training.global_batch_size": 16, "training.steps": 10,
     "training.learning_rate": 0.005, "training.epsilon": 1e-5, "positions.physical_length": 32,
 }  # fmt: skip
 LAYOUTS = {
@@ -73,24 +71,11 @@ def results(tmp_path_factory):
         prompts = {"positions.scheme": "endprompt", "positions.displaced_length": "null", "positions.prompts": "[EP_2, EP_3]"}
         add(name, ranks, megatron, **prompts, **{"rope.type": "yarn", "positions.prompt_loss_weight": 0.3})
     for fault, (ranks, megatron) in FAULTS.items():
-        add(fault, ranks, megatron, fault=fault)
+        add(fault, ranks, megatron, fault=fault, **{"training.steps": 1, "training.warmup_steps": 0})  # each shows in the first step
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(ROOT / "tests/support/layout_rank.py"), str(folder / "jobs.json"), str(folder)]
-    paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = {**quiet_environment(), "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
-    ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(8)
-    ]
-    try:
-        said = [rank.communicate(timeout=900)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    code = launch_ranks("megatron", 8, "layout_rank.py", folder / "jobs.json", folder)
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json") if path.stem != "jobs"}
-    assert found.keys() == {job["name"] for job in jobs}, said[0][-3000:]
+    assert found.keys() == {job["name"] for job in jobs}, f"exit code {code}; what the ranks said is in the captured output"
     return found
 
 

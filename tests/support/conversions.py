@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 from endprompt.checkpoint import conversion, to_huggingface, to_megatron
+from tests.support.forkserver import fork_context
 from tests.support.sparse import drop_numbers
 
 PLANS = {"to megatron": to_megatron.plan_to_megatron, "to huggingface": to_huggingface.plan_to_huggingface}
@@ -21,19 +21,12 @@ def convert(direction: str, source: Path, target: Path, *, resume: bool = False,
         conversion.run(PLANS[direction](source, target, **options), workers=workers, resume=resume, quiet=True)
 
 
-def _server():
-    """Processes that begin as copies of one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.checkpoint.filesystem", __name__])
-    return context
-
-
 def start(direction: str, source: Path, target: Path, *, kill_at: str | None = None, delay: float = 0.0, **named):
     """Start `convert` in a process that has torch loaded already, journaling every few kilobytes.
 
     kill_at: "before rename" or "after rename": the process kills itself there. delay: seconds that every write sleeps.
     """
-    process = _server().Process(target=_convert, args=(direction, source, target, kill_at, delay, named))
+    process = fork_context().Process(target=_convert, args=(direction, source, target, kill_at, delay, named))
     process.start()
     return process
 
@@ -60,7 +53,7 @@ def _convert(direction: str, source: Path, target: Path, kill_at: str | None, de
 
 def peak_memory(direction: str, source: Path, target: Path, **options) -> int:
     """Bytes of the largest resident set of a process of its own, imports included, that converts. drop: see `drop_numbers`."""
-    context = _server()
+    context = fork_context()
     ours, theirs = context.Pipe()
     process = context.Process(target=_measure, args=(direction, source, target, options, theirs))
     process.start()

@@ -1,6 +1,6 @@
 """One rank of tests/megatron_patches/test_layouts.py: the same training at one parallel layout after another.
 
-layout_rank.py JOBS OUT        JOBS: json list of {name, ranks, recipe, overrides, fault}; writes OUT/<name>.json
+layout_rank.py JOBS OUT        RANK in the environment; JOBS: json list of {name, ranks, recipe, overrides, fault}; writes OUT/<name>.json
 
 Importing Megatron costs more than training this model, so eight processes stay and form a new world for each job; those
 beyond its number of ranks wait for the next one.
@@ -21,6 +21,7 @@ import torch.distributed as dist
 def main() -> None:
     jobs, out, rank = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(os.environ["RANK"])
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = "0"  # where there is a GPU, all share it
     from megatron_patches import cpu_backend, torch_adam
 
     cpu_backend.install()

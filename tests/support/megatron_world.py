@@ -1,6 +1,6 @@
 """Real GPTModels over gloo, one world of four processes for many jobs: load a checkpoint at a layout, run it, save it again.
 
-    torchrun --nproc-per-node 4 tests/support/megatron_world.py JOBS.json
+    megatron_world.py JOBS        one rank of four, by the environment of endprompt's launcher or of torchrun
 
 A job: {"checkpoint", "config" (config.json of the same model), "tensor", "pipeline", "tokens" (.pt), "logits" (.pt to write),
 "save" (folder to write, or null), "metadata" (Megatron's sharded_state_dict metadata)}. What is left of the four ranks is data parallel.

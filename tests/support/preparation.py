@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
 
 from endprompt.data import prepare as preparation
 from endprompt.data.prepare import Job
+from tests.support.forkserver import fork_context
 
 SHARD_BYTES = (8 * 2**10, 8 * 2**10)
 """Small enough that a corpus of 1 MB makes more than a hundred shards."""
@@ -25,9 +25,7 @@ def start_preparation(job: Job, *, workers: int = 2, kill_at_rename: int | None 
 
     kill_at_rename: the process kills itself (SIGKILL) instead of its n-th rename or unlink of a file, counted from 1.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers", "transformers.models.auto.tokenization_auto", __name__])
-    process = context.Process(target=_prepare, args=(job, workers, kill_at_rename, overwrite))
+    process = fork_context().Process(target=_prepare, args=(job, workers, kill_at_rename, overwrite))
     process.start()
     return process
 

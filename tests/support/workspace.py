@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from endprompt.data.indexed import write_indexed
 from endprompt.recipe import Recipe, load_recipe
+from tests.support import warm
 from tests.support.recipes import TINY
 from tests.support.tiny import make_tiny_checkpoint
 
@@ -52,16 +54,27 @@ class Workspace:
         sets = [word for field, value in overrides.items() for word in ("--set", f"{field}={value}")]
         return [*self.entry, "--recipe", str(self.recipe_file), "--nproc-per-node", str(ranks), *sets, *arguments]
 
-    def start(self, *arguments: str, ranks: int = 2, **overrides) -> subprocess.Popen:
-        """ds_train.py in a process group of its own, so that a test can kill launcher and ranks at one stroke."""
-        return subprocess.Popen(
-            self.command(*arguments, ranks=ranks, **overrides), cwd=ROOT, env=quiet_environment(), start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    def start(self, *arguments: str, ranks: int = 2, cold: bool = False, **overrides) -> subprocess.Popen | warm.Warm:
+        """`entry` in a process group of its own, so that a test can kill launcher and ranks at one stroke.
 
-    def train(self, *arguments: str, ranks: int = 2, expect: int = 0, **overrides) -> subprocess.CompletedProcess:
+        cold: a new interpreter, as a user starts it; else, where that is possible, one that has its imports behind it.
+        """
         command = self.command(*arguments, ranks=ranks, **overrides)
-        finished = subprocess.run(command, cwd=ROOT, env=quiet_environment(), capture_output=True, text=True, timeout=300)
+        if not cold and warm.usable():
+            address = warm.address_of("deepspeed" if self.entry is DEEPSPEED else "megatron")
+            return warm.Warm(address, command, cwd=ROOT, env=quiet_environment())
+        return subprocess.Popen(
+            command, cwd=ROOT, env=quiet_environment(), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def train(self, *arguments: str, ranks: int = 2, expect: int = 0, cold: bool = False, **overrides) -> subprocess.CompletedProcess:
+        process = self.start(*arguments, ranks=ranks, cold=cold, **overrides)
+        try:
+            finished = subprocess.CompletedProcess(process.args, None, *process.communicate(timeout=300))
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finished.returncode = process.returncode
         assert finished.returncode == expect, f"exit {finished.returncode}, expected {expect}\n{finished.stdout}\n{finished.stderr}"
         return finished
 

@@ -3,7 +3,6 @@
 import json
 import os
 import stat
-import sys
 
 import pytest
 import torch
@@ -14,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from endprompt.errors import UserError
 from endprompt.models.hf_config import load_hf_config, rope_of_config
 from endprompt.rope import scaling_for
-from endprompt.training.launch import launch
 from endprompt.zero3.export import export_untrained, plan_shards, shard_name
 from tests.support.tiny import make_tiny_checkpoint
-from tests.support.workspace import ROOT, Workspace
+from tests.support.warm import launch_ranks
+from tests.support.workspace import Workspace
 
 
-def exported(tmp_path, monkeypatch, *, tied: bool, **overrides):
+def exported(tmp_path, *, tied: bool, **overrides):
     """(workspace, recipe, folder, what the engine said)"""
     workspace = Workspace(tmp_path)
     make_tiny_checkpoint(workspace.model, tie_word_embeddings=tied)
@@ -29,9 +28,7 @@ def exported(tmp_path, monkeypatch, *, tied: bool, **overrides):
     recipe = workspace.recipe(**{"training.steps": 2, **overrides})
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.chdir(ROOT)
-    assert launch(2, [sys.executable, str(ROOT / "tests/support/export_rank.py"), str(file), str(tmp_path / "out")]) == 0
+    assert launch_ranks("deepspeed", 2, "export_rank.py", file, tmp_path / "out") == 0
     return workspace, recipe, tmp_path / "out", torch.load(tmp_path / "out.pt", weights_only=True)
 
 
@@ -45,8 +42,8 @@ def logits_in_plain_transformers(folder, said, dtype):
 
 @pytest.mark.parametrize("rope", ["linear", "yarn"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_same_logits_in_plain_transformers(tied, rope, tmp_path, monkeypatch):
-    workspace, recipe, folder, said = exported(tmp_path, monkeypatch, tied=tied, **{"rope.type": rope, "output.export_shard_gb": 1e-4})
+def test_same_logits_in_plain_transformers(tied, rope, tmp_path):
+    workspace, recipe, folder, said = exported(tmp_path, tied=tied, **{"rope.type": rope, "output.export_shard_gb": 1e-4})
     model, logits = logits_in_plain_transformers(folder, said, torch.float32)
     torch.testing.assert_close(logits, said["logits"], rtol=0, atol=1e-4)
     assert model.config.max_position_embeddings == 1024
@@ -69,8 +66,8 @@ def test_same_logits_in_plain_transformers(tied, rope, tmp_path, monkeypatch):
         assert (folder / name).read_bytes() == (workspace.model / name).read_bytes()
 
 
-def test_bf16_export_and_its_card(tmp_path, monkeypatch):
-    _, recipe, folder, said = exported(tmp_path, monkeypatch, tied=True, **{"training.precision": "bf16", "output.export_dtype": "bf16"})
+def test_bf16_export_and_its_card(tmp_path):
+    _, recipe, folder, said = exported(tmp_path, tied=True, **{"training.precision": "bf16", "output.export_dtype": "bf16"})
     _, logits = logits_in_plain_transformers(folder, said, torch.bfloat16)
     assert (logits - said["logits"]).abs().max() < 0.05 * said["logits"].abs().max()
     config = json.loads((folder / "config.json").read_text())

@@ -1,17 +1,16 @@
 """Loading: every rank reads its own slices, gets the files' numbers, and never holds the whole model."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from endprompt.training.launch import launch
 from endprompt.zero3.load import RopeMismatch, _check_rope
 from tests.support.tiny import make_tiny_checkpoint
-from tests.support.workspace import ROOT, Workspace
+from tests.support.warm import launch_ranks
+from tests.support.workspace import Workspace
 
 RANKS = 2
 SHAPES = {
@@ -43,19 +42,17 @@ def make_large_checkpoint(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LARGE["num_hidden_layers"]}))
 
 
-def load_on_ranks(workspace: Workspace, monkeypatch, precision: str) -> list[dict]:
+def load_on_ranks(workspace: Workspace, precision: str, *, cold: bool = False) -> list[dict]:
     recipe, out = workspace.path / "r.yaml", workspace.path / "out"
     recipe.write_text(json.dumps(workspace.recipe(**{"training.precision": precision}).model_dump(mode="json")))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.chdir(ROOT)
-    assert launch(RANKS, [sys.executable, str(ROOT / "tests/support/load_rank.py"), str(recipe), str(out)]) == 0
+    assert launch_ranks("deepspeed", RANKS, "load_rank.py", recipe, out, cold=cold) == 0
     return [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(RANKS)]
 
 
-def test_peak_memory_is_the_partition_and_one_slice(tmp_path, monkeypatch):
+def test_peak_memory_is_the_partition_and_one_slice(tmp_path):
     workspace = Workspace(tmp_path)
     make_large_checkpoint(workspace.model)
-    for facts in load_on_ranks(workspace, monkeypatch, "bf16"):
+    for facts in load_on_ranks(workspace, "bf16", cold=True):
         bound = facts["partition"] + facts["largest_slice"] + 600
         assert facts["different"] == [] and facts["rope_dtype"] == "torch.float32"
         assert facts["grown"] <= bound, facts
@@ -64,11 +61,11 @@ def test_peak_memory_is_the_partition_and_one_slice(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("shape", ["tied", "odd sizes"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_loaded_weights_equal_the_files(shape, precision, tmp_path, monkeypatch):
+def test_loaded_weights_equal_the_files(shape, precision, tmp_path):
     workspace = Workspace(tmp_path)
     make_tiny_checkpoint(workspace.model, dtype=torch.bfloat16, max_shard_size="100KB", **SHAPES[shape])
     (workspace.model / "model.safetensors").unlink()
-    for facts in load_on_ranks(workspace, monkeypatch, precision):
+    for facts in load_on_ranks(workspace, precision):
         assert facts["different"] == [] and facts["names"] >= 28 and facts["rope_dtype"] == "torch.float32"
 
 

@@ -2,9 +2,7 @@
 
 import json
 import os
-import random
 import signal
-import time
 from functools import partial
 
 import numpy as np
@@ -19,7 +17,7 @@ from endprompt.data.indexed import open_indexed, write_indexed
 from endprompt.data.samples import SampleDataset
 from endprompt.data.tokenizers import load_tokenizer
 from endprompt.positions import SampleBuilder, tokenize_prompts
-from tests.support.runs import kill, logged_steps, wait_for
+from tests.support.runs import kill, kill_during_saves, logged_steps, wait_for
 from tests.support.workspace import Workspace, losses, read_log
 
 STEPS = 20
@@ -32,9 +30,9 @@ def workspace(tmp_path_factory) -> Workspace:
 
 @pytest.fixture(scope="module")
 def unbroken(workspace):
-    """The run that every other is held against: 20 steps, 2 ranks, never interrupted."""
+    """The run that every other is held against: 20 steps, 2 ranks, never interrupted, started as a user starts it."""
     run = workspace.path / "unbroken"
-    workspace.train(**{"output.directory": run})
+    workspace.train(cold=True, **{"output.directory": run})
     return run
 
 
@@ -135,7 +133,7 @@ def test_resume_after_kill_is_bit_equal(workspace, unbroken):
     kill(process)
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_00000010"
     assert not (run / "export").exists()
-    workspace.train(**{"output.directory": run})
+    workspace.train(cold=True, **{"output.directory": run})
     assert_same_run(run, unbroken)
     assert json.loads((run / "status.json").read_text())["starts"] == 2
 
@@ -181,27 +179,9 @@ def test_other_number_of_ranks_goes_on_through_a_universal_checkpoint(workspace,
 def test_twenty_kills_during_saves_lose_nothing(workspace, unbroken):
     """Saves after every step; each start is killed at a random moment of its first save and the next one goes on."""
     run = workspace.path / "torn"
-    checkpoints, settings = run / "checkpoints", {"output.directory": run, "output.save_interval": 1}
-    moments = random.Random(11)
-
-    def pointer() -> str:
-        return (checkpoints / "latest").read_text() if (checkpoints / "latest").exists() else ""
-
-    def saving_since(started: float) -> bool:
-        return any(path.stat().st_mtime > started for path in checkpoints.glob("step_*.incomplete"))
-
-    moved = 0
-    for _ in range(20):
-        before, started = pointer(), time.time()
-        process = workspace.start(**settings)
-        wait_for(partial(saving_since, started), process)
-        time.sleep(moments.uniform(0, 0.15))
-        kill(process)
-        assert pointer() >= before, "the pointer never goes back"
-        if pointer():
-            assert (checkpoints / pointer().strip() / "state.json").exists(), "the pointer names a whole checkpoint"
-        moved += pointer() > before
-    assert 0 < moved < 20, "some kills must come before the pointer moves and some after"
+    settings = {"output.directory": run, "output.save_interval": 1}
+    checkpoints = run / "checkpoints"
+    kill_during_saves(partial(workspace.start, **settings), checkpoints, "step_*.incomplete", kills=20)
     workspace.train(**settings)
     assert [entry["step"] for entry in read_log(run) if "loss" in entry] == list(range(1, STEPS + 1)), "no step lost, none repeated"
     assert_same_run(run, unbroken)
