@@ -50,6 +50,8 @@ SlurmdTimeout=10
 KillWait=3
 EnforcePartLimits=ALL
 MinJobAge=86400
+# Ports of ranks follow from the job's number: two clusters on one machine must not count alike.
+FirstJobId={job}
 SchedulerParameters=sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -93,7 +95,14 @@ class Cluster:
         for gpu in range(GPUS):
             (self.path / f"dev/gpu{gpu}").symlink_to("/dev/null")
         port = _free_ports(NODES + 1)
-        values = {"host": socket.gethostname(), "path": self.path, "port": port, "first": port + 1, "last": port + NODES}
+        values = {
+            "host": socket.gethostname(),
+            "path": self.path,
+            "port": port,
+            "first": port + 1,
+            "last": port + NODES,
+            "job": 1 + os.getpid() % 2000,
+        }
         configuration = CONFIGURATION.format(**values, nodes=NODES, cpus=CPUS, cores=CPUS // 2, gpus=GPUS)
         (self.path / "slurm.conf").write_text(configuration)
         (self.path / "gres.conf").write_text(f"AutoDetect=off\nName=gpu Type=h100 File={self.path}/dev/gpu[0-{GPUS - 1}]\n")
