@@ -3,8 +3,8 @@
 # Options go to tools/hf_to_megatron.py or tools/megatron_to_hf.py. A requeued job goes on where it was.
 #SBATCH --job-name=convert
 #SBATCH --nodes=1
-#SBATCH --exclusive
-#SBATCH --mem=0
+#SBATCH --cpus-per-task=16
+#SBATCH --mem=64G
 #SBATCH --time=04:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -20,4 +20,4 @@ to-hf) tool=tools/megatron_to_hf.py ;;
 *) die "slurm/convert.sh: $1: unknown direction; to-megatron or to-hf" ;;
 esac
 [[ ! -e $3 ]] || { say "there already: $3" && exit 0; }
-alone "$tool" --input "$2" --output "$3" --resume "${@:4}"
+alone "$tool" --input "$2" --output "$3" --resume --workers "$CPUS" "${@:4}"

@@ -29,5 +29,5 @@ device=cpu
 [[ $DEVICE == cpu ]] || device=cuda:all
 # shellcheck disable=SC2086  # several options
 alone tools/evaluate.py --model base="$MODEL_PATH" --model extended="$export_folder" --tasks "$tasks" "${text[@]}" --device "$device" \
-    --target-length "$TARGET_LENGTH" --original-length "$ORIGINAL_LENGTH" --output "$RUN_FOLDER/evaluation" ${EVALUATION_OPTIONS:-}
+    --target-length "$TARGET_LENGTH" --original-length "$ORIGINAL_LENGTH" --output "$RUN_FOLDER/evaluation" $EVALUATION_OPTIONS
 say "$RUN_FOLDER/evaluation/report.md"

@@ -14,7 +14,8 @@ recipe=$(sed -n 's/^extend \([^ ]*\) .*/\1/p' "$script")
 [[ -n $recipe ]] || die "$script: trains no recipe; name one of slurm/extend_*.sh"
 recipe_facts "$recipe"
 
-after=()
+after=() cpu=()
+[[ -z $CPU_PARTITION ]] || cpu=(--partition="$CPU_PARTITION")
 # then_submit NAME OPTIONS: a job that starts once the one before it has succeeded, and is dropped where that cannot be.
 then_submit() {
     local name=$1 job
@@ -26,9 +27,9 @@ then_submit() {
 
 if [[ ! -f $MODEL_PATH/config.json ]]; then
     [[ -n $SOURCE_CHECKPOINT ]] || die "$MODEL_PATH: no checkpoint; put it there, or name a Megatron one as SOURCE_CHECKPOINT in $CONFIG"
-    then_submit convert slurm/convert.sh to-hf "$SOURCE_CHECKPOINT" "$MODEL_PATH"
+    then_submit convert "${cpu[@]}" slurm/convert.sh to-hf "$SOURCE_CHECKPOINT" "$MODEL_PATH"
 fi
-then_submit prepare slurm/prepare.sh "$recipe"
+then_submit prepare "${cpu[@]}" slurm/prepare.sh "$recipe"
 IN_PIPELINE=1 then_submit train "${@:2}" "$script"
 then_submit evaluate slurm/evaluate.sh "$recipe"
 echo "watch it:    $PYTHON tools/run_status.py $RUN_FOLDER"

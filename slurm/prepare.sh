@@ -3,8 +3,8 @@
 # The text is CORPUS in cluster.env. No GPU; an interrupted job goes on where it was.
 #SBATCH --job-name=prepare
 #SBATCH --nodes=1
-#SBATCH --exclusive
-#SBATCH --mem=0
+#SBATCH --cpus-per-task=16
+#SBATCH --mem=64G
 #SBATCH --time=12:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -28,4 +28,4 @@ if [[ -n $VALIDATION_DATA ]]; then # one pass writes both: PREFIX_train and PREF
         die "$RECIPE: data: $TRAIN_DATA and $VALIDATION_DATA are not NAME_train and NAME_validation; rename them, or prepare them by hand"
 fi
 # shellcheck disable=SC2086  # patterns and several files
-alone tools/prepare_data.py --input $CORPUS --tokenizer "$MODEL_PATH" --output "$prefix" "${split[@]}"
+alone tools/prepare_data.py --input $CORPUS --tokenizer "$MODEL_PATH" --output "$prefix" "${split[@]}" --workers "$CPUS"

@@ -9,7 +9,8 @@ die() {
 say() { echo "[$(date '+%F %T')] $*"; }
 
 SETTINGS=(SBATCH_ACCOUNT SBATCH_PARTITION CHECKPOINTS DATA RUNS PYTHON CONTAINER_IMAGE CONTAINER_MOUNTS WANDB_MODE
-    HANG_TIMEOUT MAX_IDLE MAX_RESTARTS CORPUS EVALUATION_TEXT EVALUATE DEVICE PROCESSES_PER_NODE SOURCE_CHECKPOINT MIN_ALL_REDUCE_GBPS)
+    HANG_TIMEOUT MAX_IDLE MAX_RESTARTS CORPUS EVALUATION_TEXT EVALUATE EVALUATION_OPTIONS
+    DEVICE PROCESSES_PER_NODE SOURCE_CHECKPOINT MIN_ALL_REDUCE_GBPS CPU_PARTITION)
 # Settings of others, which are passed on and not ours to check.
 FOREIGN='^(NCCL|UCX|FI|SLURM|SBATCH|SRUN|SQUEUE|CUDA|TORCH|PYTORCH|OMP|HF|WANDB|GLOO|MASTER|LD|PATH|MODULE|ENROOT|TMP|XDG|NVTE|TRITON)'
 
@@ -29,7 +30,8 @@ load_config() {
     : "${SBATCH_ACCOUNT:=}" "${SBATCH_PARTITION:=}" "${CONTAINER_IMAGE:=}" "${CONTAINER_MOUNTS:=}" "${CORPUS:=}" "${EVALUATION_TEXT:=}"
     : "${PYTHON:=$([[ $CONTAINER_IMAGE ]] && echo python || echo .venv/bin/python)}" "${WANDB_MODE:=disabled}" "${EVALUATE:=yes}"
     : "${HANG_TIMEOUT:=1800}" "${MAX_IDLE:=3}" "${MAX_RESTARTS:=50}" "${DEVICE:=cuda}" "${PROCESSES_PER_NODE:=}"
-    : "${SOURCE_CHECKPOINT:=}" "${MIN_ALL_REDUCE_GBPS:=}" "${OVERRIDES:=}" "${ENGINE:=}"
+    : "${SOURCE_CHECKPOINT:=}" "${MIN_ALL_REDUCE_GBPS:=}" "${OVERRIDES:=}" "${ENGINE:=}" "${CPU_PARTITION:=}"
+    : "${EVALUATION_OPTIONS:=}"
     export OVERRIDES ENGINE
     check_values
 }
@@ -62,10 +64,10 @@ check_values() {
     check_container
     local partitions
     # Where sinfo answers at all: on a laptop there may be none, or one without a cluster.
-    if [[ -n $SBATCH_PARTITION ]] && partitions=$(sinfo --noheader --format=%R 2>/dev/null); then
-        for name in ${SBATCH_PARTITION//,/ }; do
+    if partitions=$(sinfo --noheader --format=%R 2>/dev/null); then
+        for name in ${SBATCH_PARTITION//,/ } ${CPU_PARTITION//,/ }; do
             grep -qx -- "$name" <<<"$partitions" ||
-                die "$CONFIG: SBATCH_PARTITION: this cluster has no partition $name; sinfo -s lists them"
+                die "$CONFIG: SBATCH_PARTITION, CPU_PARTITION: this cluster has no partition $name; sinfo -s lists them"
         done
     fi
 }
@@ -108,9 +110,10 @@ python_here() {
 
 # recipe_facts RECIPE: RUN_FOLDER, MODEL_PATH, ... of it; and SETS, the --set arguments of this job's overrides.
 recipe_facts() {
-    local override assignments
+    local override overrides assignments
     RECIPE=$1 SETS=()
-    for override in $OVERRIDES wandb.mode="$WANDB_MODE"; do SETS+=(--set "$override"); done
+    read -ra overrides <<<"${OVERRIDES//$'\n'/ }" # not `for ... in $OVERRIDES`: prompts=[EP_1] is a pattern of file names to the shell
+    for override in "${overrides[@]}" wandb.mode="$WANDB_MODE"; do SETS+=(--set "$override"); done
     assignments=$(python_here tools/cluster_job.py facts --recipe "$RECIPE" "${SETS[@]}") || exit 2
     eval "$assignments"
 }

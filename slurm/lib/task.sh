@@ -13,11 +13,11 @@ begin_task() {
         say "submitted job $(submit "$script" "$@")"
         exit 0
     fi
-    # SLURM sends USR1 to every process; these restart from what they have written, so the default, death, is what is wanted.
+    CPUS=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
     say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST: $script $*"
 }
 
 # alone COMMAND: Python on the job's node with all that the job has there.
 alone() {
-    srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" "${CONTAINER[@]}" "$PYTHON" "$@"
+    srun --nodes=1 --ntasks=1 --cpus-per-task="$CPUS" "${CONTAINER[@]}" "$PYTHON" "$@"
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ class Site:
 
     def write_settings(self, **changed) -> None:
         self.settings.update(changed)
-        self.env_file.write_text("".join(f"{name}={value}\n" for name, value in self.settings.items()))
+        self.env_file.write_text("".join(f"{name}={shlex.quote(str(value))}\n" for name, value in self.settings.items()))
 
     def environment(self, overrides: str = "", **variables: str) -> dict[str, str]:
         return {

@@ -97,6 +97,16 @@ def test_an_override_that_is_wrong_is_the_recipes_own_error(tmp_path):
     assert "recipes/llama3_8b_64k.yaml: rope.kind: unknown field" in one_line(found)
 
 
+def test_an_override_with_brackets_is_no_pattern_of_file_names(tmp_path):
+    (ROOT / "seed=1").touch()
+    try:
+        text = written(good(tmp_path))
+        found = run(tmp_path, "slurm/extend_8b_64k.sh", "--render", text=text, OVERRIDES="seed=[1] positions.prompts=[EP_2,EP_3]")
+    finally:
+        (ROOT / "seed=1").unlink()
+    assert "recipes/llama3_8b_64k.yaml: seed: " in one_line(found)
+
+
 def test_a_script_outside_the_repository_says_where_to_go(tmp_path):
     script = ROOT / "slurm" / "extend_8b_64k.sh"
     found = subprocess.run(["bash", str(script)], cwd=tmp_path, capture_output=True, text=True)
@@ -106,7 +116,7 @@ def test_a_script_outside_the_repository_says_where_to_go(tmp_path):
 def test_a_partition_that_the_cluster_does_not_have(cluster, tmp_path):
     text = written({**good(tmp_path), "SBATCH_PARTITION": "h200"})
     found = run(tmp_path, "slurm/extend_8b_64k.sh", text=text, SLURM_CONF=cluster.environment["SLURM_CONF"])
-    assert "SBATCH_PARTITION: this cluster has no partition h200; sinfo -s lists them" in one_line(found)
+    assert "this cluster has no partition h200; sinfo -s lists them" in one_line(found)
 
 
 def test_a_container_on_a_cluster_without_pyxis(cluster, tmp_path):

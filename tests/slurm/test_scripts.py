@@ -102,8 +102,9 @@ def test_the_rendered_script_is_the_one_that_was_reviewed(script, tmp_path):
 def test_slurm_accepts_it(script, cluster):
     done = subprocess.run(["sbatch", "--test-only", str(script)], cwd=ROOT, env=cluster.environment, capture_output=True, text=True)
     assert done.returncode == 0 and "to start at" in done.stderr, done.stderr
-    nodes = int(options(script)["nodes"])
-    assert re.search(rf"using {nodes * 96} processors", done.stderr), "whole nodes"
+    found = options(script)
+    processors = int(found["cpus-per-task"]) if "cpus-per-task" in found else 96 * int(found["nodes"])  # else whole nodes
+    assert f"using {processors} processors" in done.stderr
 
 
 def test_more_nodes_than_there_are_is_refused_before_the_queue(cluster):
