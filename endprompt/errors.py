@@ -31,8 +31,19 @@ class UserError(Exception):
         self.where, self.problem, self.fix = str(where), problem, fix
         super().__init__(" ".join(f"{where}: {problem}; {fix}".split()))
 
+    exit_code = EXIT_BAD_INPUT
+
     def __reduce__(self):  # exceptions cross process pools by pickling, which would call __init__ with one argument
-        return UserError, (self.where, self.problem, self.fix)
+        return type(self), (self.where, self.problem, self.fix)
+
+
+class MachineError(UserError):
+    """One line like a UserError, of something that may pass by itself: a file server's hiccup, a connection that broke.
+
+    Its exit code is a crash's: a launcher tries again, where bad input would end the run for good.
+    """
+
+    exit_code = 1
 
 
 def from_os_error(error: OSError) -> UserError:
@@ -48,7 +59,10 @@ def from_os_error(error: OSError) -> UserError:
         errno.ENOTDIR: "a folder was expected on this path; check the path",
         errno.EISDIR: "a file was expected here, not a folder; check the path",
     }
-    return UserError(where, os.strerror(error.errno) if error.errno else str(error), fixes.get(error.errno, "check the path"))
+    problem = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno not in fixes:
+        return MachineError(where, problem, "run the same command again; if it comes back, look at the disk or the file server")
+    return UserError(where, problem, fixes[error.errno])
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -68,7 +82,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         error = problem if isinstance(problem, UserError) else from_os_error(problem)
         if isinstance(problem, OSError) or int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        code = EXIT_BAD_INPUT
+        code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130

@@ -12,12 +12,10 @@
 set -euo pipefail
 [[ -f slurm/lib/task.sh ]] || { echo "error: $PWD is not the root of the repository; cd there, then sbatch again" >&2; exit 2; }
 source slurm/lib/task.sh
+[[ " to-megatron to-hf " == *" ${1:-} "* ]] || die "usage: sbatch slurm/convert.sh to-megatron|to-hf INPUT OUTPUT [OPTIONS]"
 begin_task slurm/convert.sh "to-megatron|to-hf INPUT OUTPUT [OPTIONS]" 3 "$@"
 
-case $1 in
-to-megatron) tool=tools/hf_to_megatron.py ;;
-to-hf) tool=tools/megatron_to_hf.py ;;
-*) die "slurm/convert.sh: $1: unknown direction; to-megatron or to-hf" ;;
-esac
+tool=tools/hf_to_megatron.py
+[[ $1 == to-megatron ]] || tool=tools/megatron_to_hf.py
 [[ ! -e $3 ]] || { say "there already: $3" && exit 0; }
 alone "$tool" --input "$2" --output "$3" --resume --workers "$CPUS" "${@:4}"

@@ -16,6 +16,7 @@ source slurm/lib/task.sh
 begin_task slurm/evaluate.sh RECIPE 1 "$@"
 
 recipe_facts "$1"
+[[ $FINISHED == yes ]] || die "$RUN_FOLDER: not finished, it is at step $STEP_NOW; sbatch the training again, then this"
 export_folder=$RUN_FOLDER/export
 if [[ ! -f $export_folder/config.json ]]; then # ds_train.py exports itself, Megatron's checkpoints are converted
     alone tools/megatron_to_hf.py --input "$RUN_FOLDER/checkpoints" --output "$export_folder" --resume

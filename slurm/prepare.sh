@@ -23,7 +23,7 @@ fi
 [[ -n $CORPUS ]] || die "$CONFIG: CORPUS: is empty; name the files of the training text"
 prefix=$TRAIN_DATA split=()
 if [[ -n $VALIDATION_DATA ]]; then # one pass writes both: PREFIX_train and PREFIX_validation
-    prefix=${TRAIN_DATA%_train} split=(--validation-documents "${VALIDATION_DOCUMENTS:-100}")
+    prefix=${TRAIN_DATA%_train} split=(--validation-documents "$VALIDATION_DOCUMENTS")
     [[ $TRAIN_DATA == "${prefix}_train" && $VALIDATION_DATA == "${prefix}_validation" ]] ||
         die "$RECIPE: data: $TRAIN_DATA and $VALIDATION_DATA are not NAME_train and NAME_validation; rename them, or prepare them by hand"
 fi

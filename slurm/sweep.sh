@@ -18,12 +18,14 @@ table=${1:-}
 [[ -f $table ]] || die "usage: bash slurm/sweep.sh slurm/sweeps/TABLE.txt; there are $(echo slurm/sweeps/*.txt)"
 mapfile -t lines < <(grep -vE '^[[:space:]]*(#|$)' "$table")
 
-if [[ -z ${SLURM_JOB_ID:-} ]]; then
+if ! in_job; then
     load_config
     need_sbatch
-    say "submitted job $(submit --array="0-$((${#lines[@]} - 1))%4" "${@:2}" slurm/sweep.sh "$table"): ${#lines[@]} runs"
+    job=$(submit --array="0-$((${#lines[@]} - 1))%4" "${@:2}" slurm/sweep.sh "$table") || die "sbatch refused; the line above says why"
+    say "submitted job $job: ${#lines[@]} runs"
     exit 0
 fi
+listen
 index=${SLURM_ARRAY_TASK_ID:?submit it with: bash slurm/sweep.sh $table}
 ((index < ${#lines[@]})) || die "$table: has ${#lines[@]} lines, this is run $index; submit the sweep again"
 read -r name recipe fields <<<"${lines[index]}"

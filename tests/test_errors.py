@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from endprompt.errors import UserError, run_command
+from endprompt.errors import MachineError, UserError, from_os_error, run_command
 
 
 def ending(main, capsys) -> tuple[int, str]:
@@ -55,3 +55,17 @@ def test_a_reader_that_leaves_early_is_no_error():
         ["bash", "-c", f'{sys.executable} -c "$0" | head -1; exit ${{PIPESTATUS[0]}}', code], capture_output=True, text=True
     )
     assert finished.returncode == 141 and finished.stderr == ""
+
+
+def test_what_may_pass_by_itself_is_a_crash_to_a_launcher(capsys):
+    """A file server's hiccup must not look like bad input, which no launcher tries again."""
+
+    def hiccup():
+        raise OSError(errno.ESTALE, "Stale file handle", "runs/log.jsonl")
+
+    with pytest.raises(SystemExit) as exit_:
+        run_command(hiccup)
+    assert exit_.value.code == 1 and capsys.readouterr().err.startswith("error: runs/log.jsonl: ")
+    error = from_os_error(OSError(errno.EIO, "Input/output error", "x"))
+    assert isinstance(error, MachineError) and type(pickle.loads(pickle.dumps(error))) is MachineError
+    assert from_os_error(OSError(errno.ENOSPC, "full", "x")).exit_code == 2

@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
             command.add_argument("--nodes", type=_names, required=True)
         if name == "end":
             command.add_argument("--exit-code", type=int, required=True, help="of srun")
+            command.add_argument("--trained", action="store_true", help="the step of training was started")
             command.add_argument("--asked", action="store_true", help="SLURM had asked to stop")
             command.add_argument("--cancelled", action="store_true", help="SLURM has ended the job")
             command.add_argument("--hung", default="", metavar="REASON", help="what `watch` said")
@@ -58,12 +59,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def facts(recipe: Recipe, arguments: argparse.Namespace) -> None:
     validation = recipe.data.validation[0].path if recipe.data.validation else ""
+    status = RunFolder(recipe).read_status()
     print_assignments(
         RUN_FOLDER=recipe.output.directory,
         RECIPE_NAME=recipe.name,
         MODEL_PATH=recipe.model.path,
         TRAIN_DATA=" ".join(source.path for source in recipe.data.train),
         VALIDATION_DATA=validation,
+        FINISHED="yes" if is_finished(recipe, status) else "no",
+        STEP_NOW=f"{status.get('step', 0)} of {recipe.steps}",
         TARGET_LENGTH=recipe.target_length,
         ORIGINAL_LENGTH=recipe.model.original_length,
     )
@@ -72,12 +76,11 @@ def facts(recipe: Recipe, arguments: argparse.Namespace) -> None:
 def begin(recipe: Recipe, arguments: argparse.Namespace) -> None:
     """`finished`: a requeued job of a run that is done ends at once. `give_up`: nodes die under it and it gets nowhere."""
     run = Path(recipe.output.directory)
-    status = RunFolder(recipe).read_status()
-    if status.get("state") == "finished" and status.get("step") == recipe.steps:
+    if is_finished(recipe, RunFolder(recipe).read_status()):
         print_assignments(ACTION="finished", REASON=f"finished already at step {recipe.steps}", EXCLUDE="")
         return
     before = [attempt for attempt in attempts.read_attempts(run) if attempt.job == arguments.job]
-    found = verdict.check_start(run, before, limits(arguments)) if before else None
+    found = verdict.check_start(before, limits(arguments))
     if found:
         print_assignments(ACTION="give_up", REASON=found.reason, EXCLUDE="")
         return
@@ -88,18 +91,27 @@ def begin(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
 def end(recipe: Recipe, arguments: argparse.Namespace) -> None:
     run = Path(recipe.output.directory)
-    outcome = verdict.Outcome(arguments.exit_code, arguments.asked, arguments.cancelled, arguments.hung, tuple(arguments.bad_nodes))
-    found = verdict.decide(run, attempts.read_attempts(run), outcome, RunFolder(recipe).read_status(), limits(arguments))
+    outcome = verdict.Outcome(
+        arguments.exit_code, arguments.trained, arguments.asked, arguments.cancelled, arguments.hung, tuple(arguments.bad_nodes)
+    )  # fmt: skip
+    found = verdict.decide(
+        run, arguments.job, arguments.restart, attempts.read_attempts(run), outcome, RunFolder(recipe).read_status(), recipe.steps,
+        limits(arguments),
+    )  # fmt: skip
     attempts.record_end(
         run, arguments.job, arguments.restart,
         {"exit_code": arguments.exit_code, "verdict": found.action, "reason": found.reason,
-         "suspects": list(found.suspects), "excluded": list(found.excluded)},
+         "trained": arguments.trained, "asked": arguments.asked, "suspects": list(found.suspects), "excluded": list(found.excluded)},
     )  # fmt: skip
     print_assignments(ACTION=found.action.replace(" ", "_"), REASON=found.reason, EXCLUDE=",".join(found.excluded))
 
 
 def watch_run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     print(watch(Path(recipe.output.directory), arguments.timeout))
+
+
+def is_finished(recipe: Recipe, status: dict) -> bool:
+    return status.get("state") == "finished" and status.get("step") == recipe.steps
 
 
 def limits(arguments: argparse.Namespace) -> verdict.Limits:

@@ -2,7 +2,7 @@
 
     {"event": "start", "time": 1764053000.0, "job": "123", "restart": 0, "nodes": ["node01", "node02"], "step": 0}
     {"event": "end", "time": 1764056600.0, "job": "123", "restart": 0, "exit_code": 137, "step": 40,
-     "verdict": "requeue", "reason": "...", "suspects": ["node02"], "excluded": []}
+     "verdict": "requeue", "reason": "...", "trained": true, "suspects": ["node02"], "excluded": []}
 
 A start without an end is an attempt that took the batch script with it: its node died, or somebody cancelled the job.
 """

@@ -13,6 +13,11 @@ from endprompt.errors import EXIT_BAD_INPUT
 FINISHED, REQUEUE, STOPPED, GIVE_UP = "finished", "requeue", "stopped", "give up"
 
 
+BY_SLURM = 3
+"""Attempts that SLURM ended by itself, a death of a node or a preemption without a signal, are more often no fault of the run's:
+so many times `max_idle` of them may go by without a checkpoint."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """max_restarts: of one job. max_idle: attempts in a row that brought no new checkpoint."""
@@ -23,13 +28,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the step of training ended, as the batch script saw it.
+    """How an attempt ended, as the batch script saw it.
 
-    exit_code: srun's. asked: SLURM had asked to stop (time limit or preemption). cancelled: it has ended the job (scancel,
-    the time limit itself, or a requeue of its own). hung: the watchdog ended it. bad_nodes: unfit by the preflight.
+    exit_code: srun's. trained: the step of training was started. asked: SLURM had asked to stop (time limit or preemption).
+    cancelled: it has ended the job (scancel, the time limit itself, or a requeue of its own). hung: the watchdog ended it.
+    bad_nodes: unfit by the preflight.
     """
 
     exit_code: int
+    trained: bool = True
     asked: bool = False
     cancelled: bool = False
     hung: str = ""
@@ -66,54 +73,56 @@ def read_failures(run: Path, job: str, restart: int) -> list[RankFailure]:
     return sorted(found, key=lambda failure: failure.time)
 
 
-def decide(run: Path, attempts: list[Attempt], outcome: Outcome, status: dict, limits: Limits) -> Verdict:
-    """The verdict on the last of `attempts`, all of the run. status: status.json as it is now.
+def decide(
+    run: Path, job: str, restart: int, attempts: list[Attempt], outcome: Outcome, status: dict, steps: int, limits: Limits
+) -> Verdict:
+    """The verdict on one attempt of a job. attempts: all of the run, of any job. status: status.json as it is now. steps: the recipe's.
 
     Steps that reached the disk count, not exit codes: a job that gains something at every attempt may go on failing up to
-    max_restarts times, one that gains nothing is given up after max_idle attempts, whatever ended them.
+    max_restarts times, one that gains nothing is given up after max_idle attempts.
     """
-    attempt = attempts[-1]
+    mine = [attempt for attempt in attempts if attempt.job == job and attempt.restart <= restart]
+    attempt = mine[-1]
     state = status.get("state")
-    if state == "finished" and outcome.exit_code == 0:
-        return Verdict(FINISHED, f"finished at step {status.get('step')}")
+    if state == "finished" and status.get("step") == steps and outcome.exit_code == 0:
+        return Verdict(FINISHED, f"finished at step {steps}")
     if (run / "STOP").exists():
         return Verdict(STOPPED, f"{run}/STOP exists: the run stays stopped until it is removed")
     if outcome.cancelled:
         return Verdict(STOPPED, "SLURM ended the job: scancel, the time limit, or a node's death, after which it starts again by itself")
-    failures = read_failures(run, attempt.job, attempt.restart)
+    failures = read_failures(run, job, restart)
     bad_input = [failure for failure in failures if failure.exit_code == EXIT_BAD_INPUT]
     # SLURM kills the other ranks when the first one fails, so srun's own code says little.
     if bad_input or outcome.exit_code == EXIT_BAD_INPUT and not outcome.bad_nodes:
         said = status.get("error") if state == "failed" else None
         return Verdict(GIVE_UP, f"bad input, which no restart mends: {said or 'the error line in the log says what'}")
 
-    if outcome.bad_nodes and attempt.restart == 0:  # somebody is there to read it
-        unfit = ",".join(outcome.bad_nodes)
-        return Verdict(GIVE_UP, f"preflight found {unfit} unfit; mend it, or submit again with sbatch --exclude={unfit}", outcome.bad_nodes)
-
     reason, suspects = _reason(outcome, failures, attempt), tuple(outcome.bad_nodes)
     if not (suspects or outcome.asked or outcome.hung) and failures:
         suspects = (failures[0].node,)
-    same_job = [other for other in attempts if other.job == attempt.job]
-    if len(same_job) > limits.max_restarts:
+    if len(mine) > limits.max_restarts:
         return Verdict(GIVE_UP, f"{reason}; restarted {limits.max_restarts} times already (MAX_RESTARTS)", suspects)
-    idle = _idle(same_job, checkpoint_step(run))
+    idle = _idle(mine, checkpoint_step(run), outcome)
     if idle >= limits.max_idle:
         hint = "raise --time or lower output.save_interval" if outcome.asked else "look at the log before you submit it again"
         return Verdict(GIVE_UP, f"{reason}; {idle} attempts in a row brought no new checkpoint: {hint}", suspects)
-    return Verdict(REQUEUE, reason, suspects, _to_exclude(same_job, suspects, outcome.bad_nodes))
+    return Verdict(REQUEUE, reason, suspects, _to_exclude(mine, suspects, outcome.bad_nodes))
 
 
-def check_start(run: Path, attempts: list[Attempt], limits: Limits) -> Verdict | None:
-    """A verdict before anything starts: SLURM's own requeues, after a node's death, pass no other check. None: go on."""
+def check_start(attempts: list[Attempt], limits: Limits) -> Verdict | None:
+    """A verdict before anything starts: SLURM's own requeues pass no other check. attempts: of this job. None: go on."""
+    if len(attempts) > limits.max_restarts:
+        return Verdict(GIVE_UP, f"restarted {limits.max_restarts} times already (MAX_RESTARTS)")
     idle = 0
     for attempt in reversed(attempts):
-        if attempt.job != attempts[-1].job or attempt.gained > 0 or attempt.end:
+        if attempt.gained > 0 or (attempt.end and attempt.end["verdict"] != STOPPED):
             break
         idle += 1
-    if idle < limits.max_idle:
+    if idle < BY_SLURM * limits.max_idle:
         return None
-    return Verdict(GIVE_UP, f"{idle} attempts in a row died without a word and without a new checkpoint: look at their nodes")
+    return Verdict(
+        GIVE_UP, f"SLURM ended {idle} attempts in a row before a new checkpoint: look at their nodes, or lower output.save_interval"
+    )
 
 
 def _reason(outcome: Outcome, failures: list[RankFailure], attempt: Attempt) -> str:
@@ -130,14 +139,20 @@ def _reason(outcome: Outcome, failures: list[RankFailure], attempt: Attempt) -> 
     return f"srun ended with exit code {outcome.exit_code} and no rank said why (nodes {', '.join(attempt.nodes)})"
 
 
-def _idle(attempts: list[Attempt], step: int) -> int:
-    """Attempts in a row, up to the last, that gained no step. step: of the newest checkpoint now."""
+def _idle(attempts: list[Attempt], step: int, outcome: Outcome) -> int:
+    """Attempts in a row, up to the last, that gained no step; step: of the newest checkpoint now.
+
+    Those that SLURM ended, or wanted back before training began, say nothing about the run and are passed over.
+    """
     idle = 0
     for attempt in reversed(attempts):
-        last = step if attempt is attempts[-1] else attempt.last_step
-        if last > attempt.first_step:
+        newest = attempt is attempts[-1]
+        if (step if newest else attempt.last_step) > attempt.first_step:
             break
-        idle += 1
+        end = attempt.end or {}
+        by_slurm = not newest and (not end or end["verdict"] == STOPPED)
+        early = outcome.asked and not outcome.trained if newest else end.get("asked") and not end.get("trained")
+        idle += not (by_slurm or early)
     return idle
 
 

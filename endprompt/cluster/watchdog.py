@@ -15,9 +15,9 @@ def signs_of_life(run: Path) -> dict[str, tuple[int, int]]:
     """(time of the last write in ns, size in bytes) of every file that a live run touches, by path."""
     found = {}
     for pattern in PATTERNS:
-        with contextlib.suppress(FileNotFoundError):  # a folder that is renamed while it is listed
+        with contextlib.suppress(OSError):  # renamed while it is listed, or a file server's hiccup: the next look tells more
             for path in run.glob(pattern):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     state = path.stat()
                     found[str(path)] = (state.st_mtime_ns, state.st_size)
     return found

@@ -26,7 +26,8 @@ def claimed(recipe: Recipe, folder: RunFolder, world: World, engine: str, prepar
     Yields what `prepare(recipe, ranks)` gives. A failure within the block is written to status.json on its way out.
     """
     prepared = world.together(lambda: prepare(recipe, world.size))
-    world.on_rank_0(lambda: (check_run_folder(recipe, prepared, folder, engine), folder.claim()))
+    patience = 300.0 if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0.0
+    world.on_rank_0(lambda: (check_run_folder(recipe, prepared, folder, engine), folder.claim(patience)))
     folder.check_shared(world)
     with folder.failures_recorded() if world.rank == 0 else contextlib.nullcontext():
         yield prepared

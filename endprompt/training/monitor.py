@@ -42,16 +42,25 @@ class Monitor:
         self._peak = peak * world_size if peak else None
         self._started, self._start_step, self._step_started = time.monotonic(), start_step, time.monotonic()
         wandb = import_wandb(recipe)
-        self._wandb = None
-        if wandb is not None:
-            try:
-                self._wandb = wandb.init(
-                    project=recipe.wandb.project, entity=recipe.wandb.entity, name=recipe.name, id=folder.wandb_id(), resume="allow",
-                    mode=recipe.wandb.mode, dir=str(folder.path), config=recipe.model_dump(mode="json"),
-                )  # fmt: skip
-            except wandb.Error as error:
-                detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise UserError("recipe: wandb.mode", f"wandb does not start ({detail})", "run wandb login, or set it to offline") from None
+        self._wandb = self._open_wandb(wandb, recipe.wandb.mode, start_step) if wandb is not None else None
+
+    def _open_wandb(self, wandb, mode: str, start_step: int):
+        """Start or go on with the run's one wandb run. A run that trains already is not stopped by a server that is away."""
+        recipe, folder = self._recipe, self._folder
+        try:
+            return wandb.init(
+                project=recipe.wandb.project, entity=recipe.wandb.entity, name=recipe.name, id=folder.wandb_id(), resume="allow",
+                mode=mode, dir=str(folder.path), config=recipe.model_dump(mode="json"),
+            )  # fmt: skip
+        except wandb.Error as error:
+            detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if mode == "online" and start_step > 0:
+                print(
+                    f"note: wandb does not start ({detail}); offline until the next start, then `wandb sync {folder.path}/wandb`",
+                    flush=True,
+                )
+                return self._open_wandb(wandb, "offline", start_step)
+            raise UserError("recipe: wandb.mode", f"wandb does not start ({detail})", "run wandb login, or set it to offline") from None
 
     def start_step(self) -> None:
         self._step_started = time.monotonic()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from endprompt.atomic import atomic_file, write_json
-from endprompt.errors import EXIT_BAD_INPUT, UserError
+from endprompt.errors import UserError, from_os_error
 from endprompt.recipe import Recipe
 
 if TYPE_CHECKING:  # what a login node asks of a run folder shall not cost the import of torch
@@ -49,15 +49,23 @@ class RunFolder:
             file.write("")
         (self.path / ".writable").unlink()
 
-    def claim(self) -> None:
-        """Refuse a second run in the same folder; the claim ends with this process, however it ends."""
+    def claim(self, patience: float = 0.0) -> None:
+        """Refuse a second run in the same folder; the claim ends with this process, however it ends.
+
+        patience: seconds to wait for the other one. A file server may hold the lock of a node that has died for minutes.
+        """
         self._lock = open(self.path / ".lock", "a")  # noqa: SIM115  (held open as long as the process lives)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(self.path, "another run is using this folder", "wait for it or set output.directory") from None
-            print(f"note: {self.path} is on a file system without locks; nothing keeps a second run out", flush=True)
+        until = time.monotonic() + patience
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    print(f"note: {self.path} is on a file system without locks; nothing keeps a second run out", flush=True)
+                    return None
+                if time.monotonic() > until:
+                    raise UserError(self.path, "another run is using this folder", "wait for it or set output.directory") from None
+                time.sleep(1)
 
     def check_shared(self, world: World) -> None:
         """Every rank sees what rank 0 writes here. Collective; raises UserError on a folder that is local to a node.
@@ -105,8 +113,8 @@ class RunFolder:
         try:
             yield
         except BaseException as error:
-            mendable = isinstance(error, UserError) or (isinstance(error, OSError) and error.errno is not None)
-            code = EXIT_BAD_INPUT if mendable else 130 if isinstance(error, KeyboardInterrupt) else 1
+            known = from_os_error(error) if isinstance(error, OSError) and error.errno is not None else error
+            code = known.exit_code if isinstance(known, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
             with contextlib.suppress(UserError, OSError):  # the disk may be what is full
                 self.write_status(state="failed", exit_code=code, error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
             raise

@@ -6,24 +6,22 @@ source slurm/lib/preflight.sh
 source slurm/lib/train.sh
 source slurm/lib/render.sh
 
-# extend RECIPE ENGINE [ARGUMENTS OF THE SCRIPT]. ENGINE and OVERRIDES ("training.steps=100 seed=7") of the environment
-# change engine and fields of the recipe for one job.
+# extend RECIPE ENGINE [SCRIPT ARGUMENTS]. ENGINE and OVERRIDES ("training.steps=100 seed=7") of the environment change engine
+# and fields of the recipe for one job.
 extend() {
+    ! in_job || listen
     ENGINE=${ENGINE:-$2}
     load_config
     [[ $ENGINE == megatron || $ENGINE == deepspeed ]] || die "ENGINE: $ENGINE is neither megatron nor deepspeed; choose one"
-    if [[ -n ${SLURM_JOB_ID:-} ]]; then
-        recipe_facts "$1"
-        run_job
-    fi
-    outside_a_job "$@"
+    in_job || outside_a_job "$@"
+    recipe_facts "$1"
+    run_job
 }
 
 run_job() {
-    listen
     describe_world
-    say "job $SLURM_JOB_ID, restart $RESTART, on $NODES: $RECIPE with $ENGINE"
-    [[ -z $SBATCH_PARTITION || $SLURM_JOB_PARTITION == "$SBATCH_PARTITION" || -n ${ANY_PARTITION:-} ]] ||
+    say "job $JOB, restart $RESTART, on $NODES: $RECIPE with $ENGINE"
+    [[ -z $SBATCH_PARTITION || ",$SBATCH_PARTITION," == *",$SLURM_JOB_PARTITION,"* ]] ||
         say "note: this is partition $SLURM_JOB_PARTITION, $CONFIG says $SBATCH_PARTITION: source $CONFIG before sbatch"
     ATTEMPT=$RUN_FOLDER/attempts/$SLURM_JOB_ID-$RESTART
     ACTION=
@@ -32,6 +30,8 @@ run_job() {
     case $ACTION in
     go) say "$REASON" ;;
     finished)
+        # Where the attempt that finished it did not live to hand on.
+        [[ -f $RUN_FOLDER/evaluation/report.md ]] || finished
         say "$REASON"
         exit 0
         ;;
@@ -40,7 +40,7 @@ run_job() {
         exit 1
         ;;
     esac
-    CODE=2 HUNG=
+    HUNG=
     preflight || conclude
     training_command
     train "${TRAIN[@]}"
@@ -55,26 +55,33 @@ training_command() {
 }
 
 finished() {
+    local job
     say "$REASON"
-    # A pipeline has queued these already.
+    # A pipeline has queued it already.
     [[ $EVALUATE == yes && -z ${IN_PIPELINE:-} ]] || return 0
-    say "export and evaluation: job $(submit slurm/evaluate.sh "$RECIPE")"
+    if job=$(submit slurm/evaluate.sh "$RECIPE"); then
+        say "export and evaluation: job $job"
+    else
+        say "export and evaluation could not be submitted; by hand: sbatch slurm/evaluate.sh $RECIPE"
+    fi
 }
 
-# outside_a_job RECIPE ENGINE SCRIPT [--render | --check | OPTIONS OF SBATCH]
+# outside_a_job RECIPE ENGINE SCRIPT [--render | --check [--nodes=N] | OPTIONS OF SBATCH]
 outside_a_job() {
+    local job nodes
     case ${4:-} in
     --render) render "$@" ;;
     --check)
         recipe_facts "$1"
-        local nodes gpus
-        nodes=$(sbatch_option "$3" nodes) gpus=$(sbatch_option "$3" gpus-per-node)
+        nodes=$(sbatch_option "$3" nodes)
+        [[ ${5:-} != --nodes=* ]] || nodes=${5#--nodes=}
         python_here tools/preflight.py head --recipe "$RECIPE" "${SETS[@]}" --engine "$ENGINE" --nodes "$nodes" \
-            --processes-per-node "${PROCESSES_PER_NODE:-$gpus}" --device "$DEVICE"
+            --processes-per-node "${PROCESSES_PER_NODE:-$(sbatch_option "$3" gpus-per-node)}" --device "$DEVICE" --gpu "$GPU"
         ;;
     *)
         need_sbatch
-        say "submitted job $(submit "${@:4}" "$3")"
+        job=$(submit "${@:4}" "$3") || die "sbatch refused; the line above says why"
+        say "submitted job $job"
         ;;
     esac
     exit 0

@@ -17,7 +17,7 @@ render() {
     rendered "$PYTHON" tools/cluster_job.py begin --recipe "$RECIPE" "${SETS[@]}" --job JOB --restart 0 --nodes NODES
     preflight_commands
     rendered "$PYTHON" "${HEAD[@]}"
-    rendered "${STEP[@]}" --job-name=preflight slurm/lib/rank.sh "${CHECK_RANK[@]}"
+    rendered "${STEP[@]}" --time=10 --job-name=preflight slurm/lib/rank.sh "${CHECK_RANK[@]}"
     rendered "$PYTHON" "${JUDGE[@]}"
     rendered "${STEP[@]}" --job-name=train slurm/lib/rank.sh "${TRAIN[@]}"
     rendered "$PYTHON" tools/cluster_job.py end --recipe "$RECIPE" "${SETS[@]}" --job JOB --restart 0 --exit-code CODE

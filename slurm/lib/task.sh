@@ -4,13 +4,14 @@ source slurm/lib/config.sh
 
 # begin_task SCRIPT USAGE COUNT [ARGUMENTS]: the settings, inside a job; outside one, check the arguments and submit SCRIPT.
 begin_task() {
-    local script=$1 usage=$2 count=$3
+    local job script=$1 usage=$2 count=$3
     shift 3
     load_config
     (($# >= count)) || die "usage: sbatch $script $usage"
-    if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    if ! in_job; then
         need_sbatch
-        say "submitted job $(submit "$script" "$@")"
+        job=$(submit "$script" "$@") || die "sbatch refused; the line above says why"
+        say "submitted job $job"
         exit 0
     fi
     CPUS=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
@@ -19,5 +20,5 @@ begin_task() {
 
 # alone COMMAND: Python on the job's node with all that the job has there.
 alone() {
-    srun --nodes=1 --ntasks=1 --cpus-per-task="$CPUS" "${CONTAINER[@]}" "$PYTHON" "$@"
+    srun --export=ALL --nodes=1 --ntasks=1 --cpus-per-task="$CPUS" "${CONTAINER[@]}" "$PYTHON" "$@"
 }

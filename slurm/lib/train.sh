@@ -1,14 +1,35 @@
 # shellcheck shell=bash
 # The step that trains: asked to save when SLURM wants the nodes back, watched for hanging, its end judged.
 
-# train COMMAND: runs it on every rank. Sets CODE (srun's), ASKED, CANCELLED and HUNG.
+SAVE_SECONDS=540
+# How long ranks may take to save once asked: #SBATCH --signal gives 600 s, and SLURM's own end, TERM, is final.
+
+# listen: first of all in a job. A signal that nobody has trapped would end it for good.
+# SIGUSR1 comes with #SBATCH --signal=B:USR1@..., before the time limit and before a preemption. Never requeue on TERM: scancel
+# sends it, and a cancelled job would come back to life.
+listen() {
+    ASKED='' CANCELLED='' STEP_PID='' TRAINED=''
+    trap on_usr1 USR1
+    trap on_term TERM
+}
+
+on_usr1() {
+    [[ -z $ASKED ]] || return 0
+    ASKED=1
+    say "SLURM wants the nodes back"
+    [[ -z $STEP_PID ]] || ask_to_save
+}
+
+on_term() { CANCELLED=1; }
+
+# train COMMAND: runs it on every rank. Sets CODE (srun's), TRAINED and HUNG.
 train() {
     CODE=0 HUNG=
-    if [[ -n $ASKED ]]; then # SLURM wanted the nodes back while the preflight ran
-        return
-    fi
+    [[ -z $ASKED ]] || return 0 # wanted back while the preflight ran
+    TRAINED=1
     FAILURES=$ATTEMPT "${STEP[@]}" --job-name=train slurm/lib/rank.sh "$@" &
     STEP_PID=$!
+    [[ -z $ASKED ]] || ask_to_save # asked between the last two lines
     watch_step &
     local watcher=$!
     while :; do # a signal that is trapped ends `wait` early: wait again while srun lives
@@ -17,54 +38,70 @@ train() {
         kill -0 "$STEP_PID" 2>/dev/null || break
     done
     STEP_PID=
-    pkill -P "$watcher" 2>/dev/null || true
     kill "$watcher" 2>/dev/null || true
-    [[ ! -f $ATTEMPT/hung ]] || HUNG=$(<"$ATTEMPT/hung")
+    pkill -P "$watcher" 2>/dev/null || true
+    [[ ! -s $ATTEMPT/hung ]] || HUNG=$(<"$ATTEMPT/hung")
 }
 
-# SIGUSR1 comes with #SBATCH --signal=B:USR1@..., before the time limit and before a preemption. Never requeue on TERM:
-# scancel sends it, and a cancelled job would come back to life.
-listen() {
-    ASKED='' CANCELLED='' STEP_PID=''
-    trap on_usr1 USR1
-    trap on_term TERM
+# ask_to_save: USR1 to every rank, again and again, for one that is still importing does not listen yet. Ranks that have not
+# saved in time are ended, so that the job is requeued from its newest checkpoint and not ended by its time limit.
+ask_to_save() {
+    say "saving after the current step"
+    (
+        for ((waited = 0; waited < SAVE_SECONDS; waited += 10)); do
+            kill -USR1 "$STEP_PID" 2>/dev/null || exit 0
+            sleep 10
+        done
+        say "no checkpoint within $SAVE_SECONDS s"
+        end_step
+    ) &
 }
 
-on_usr1() {
-    [[ -z $ASKED ]] || return 0
-    ASKED=1
-    say "SLURM wants the nodes back: saving after the current step"
-    # Again and again: a rank that is still importing does not listen yet.
-    (while [[ -n $STEP_PID ]] && kill -USR1 "$STEP_PID" 2>/dev/null; do sleep 10; done) &
-}
-
-on_term() { CANCELLED=1; }
-
-# watch_step: kill the step once the run has written nothing for HANG_TIMEOUT seconds.
+# watch_step: end the step once the run has written nothing for HANG_TIMEOUT seconds.
 watch_step() {
-    local reason
-    reason=$(python_here tools/cluster_job.py watch --recipe "$RECIPE" "${SETS[@]}" --timeout "$HANG_TIMEOUT") || return 0
-    echo "$reason" >"$ATTEMPT/hung"
-    say "the run hangs: $reason"
-    # The step alone: SIGKILL to the job would cancel it.
-    squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' | while read -r step name; do
-        [[ $name != train ]] || scancel "$step"
+    # Not into a variable: the process would be a grandchild, and stay behind when this one is killed.
+    python_here tools/cluster_job.py watch --recipe "$RECIPE" "${SETS[@]}" --timeout "$HANG_TIMEOUT" >"$ATTEMPT/hung" || return 0
+    say "the run hangs: $(<"$ATTEMPT/hung")"
+    end_step
+}
+
+# end_step: cancel the step that trains, of this job alone; after five minutes leave its processes to SLURM, which drains a
+# node that cannot be rid of them.
+end_step() {
+    local try step name
+    for ((try = 0; try < 30; try++)); do
+        # The step and not the job: SIGKILL to the job would cancel it. An array's tasks are listed together.
+        while read -r step name; do
+            [[ $name != train || $step != "$JOB".* ]] || scancel "$step"
+        done < <(squeue --noheader --steps --jobs="$JOB" --format='%i %j')
+        sleep 10
+        kill -0 "$STEP_PID" 2>/dev/null || return 0
     done
+    kill -KILL "$STEP_PID" 2>/dev/null || true
 }
 
 # conclude: record how the attempt ended and do what the verdict says. Does not return.
 conclude() {
-    local arguments=(--job "$SLURM_JOB_ID" --restart "$RESTART" --exit-code "$CODE" --max-restarts "$MAX_RESTARTS" --max-idle "$MAX_IDLE")
+    local try arguments=(--job "$SLURM_JOB_ID" --restart "$RESTART" --exit-code "$CODE" --max-restarts "$MAX_RESTARTS" --max-idle "$MAX_IDLE")
     [[ -z $ASKED ]] || arguments+=(--asked)
     [[ -z $CANCELLED ]] || arguments+=(--cancelled)
+    [[ -z $TRAINED ]] || arguments+=(--trained)
     [[ -z $HUNG ]] || arguments+=(--hung "$HUNG")
     [[ -z $BAD_NODES ]] || arguments+=(--bad-nodes "$BAD_NODES")
     ACTION=
-    eval "$(python_here tools/cluster_job.py end --recipe "$RECIPE" "${SETS[@]}" "${arguments[@]}")"
+    for try in 1 2 3; do
+        eval "$(python_here tools/cluster_job.py end --recipe "$RECIPE" "${SETS[@]}" "${arguments[@]}")"
+        [[ -z $ACTION ]] || break
+        say "no verdict, try $try"
+        sleep 20
+    done
     case $ACTION in
     finished) finished ;;
     requeue) requeue ;;
-    stopped) say "stopped: $REASON" ;;
+    stopped)
+        say "stopped: $REASON"
+        exit 3 # not 0: what waits for a finished run (afterok) must not start
+        ;;
     give_up)
         say "given up: $REASON"
         exit 1
@@ -75,11 +112,38 @@ conclude() {
 }
 
 requeue() {
-    # Cancelled a moment ago: leave it so.
-    [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] || exit "$CODE"
-    say "requeued: $REASON${EXCLUDE:+; from now on without $EXCLUDE}"
-    trap '' TERM # SLURM ends this script now; the next line must still run
-    scontrol requeue "$SLURM_JOB_ID"
-    [[ -z $EXCLUDE ]] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$EXCLUDE" || say "could not exclude $EXCLUDE"
-    sleep 300
+    local state='' try
+    for try in 1 2 3 4 5 6; do # a controller that restarts answers in a minute
+        state=$(squeue --noheader --jobs="$JOB" --format=%T) && break
+        sleep 20
+    done
+    if [[ $state != RUNNING ]]; then # cancelled a moment ago: leave it so
+        say "not requeued: SLURM says the job is ${state:-gone}"
+        exit 1
+    fi
+    say "requeued: $REASON"
+    trap '' TERM # SLURM ends this script now; the next lines must still run
+    for try in 1 2 3 4 5 6; do
+        scontrol requeue "$JOB" && break
+        sleep 20
+    done
+    [[ -z $EXCLUDE ]] || exclude "$EXCLUDE"
+    exit 0
+}
+
+# exclude NODES: besides those that the job avoids already, and only while enough are left for it.
+exclude() {
+    local before nodes left
+    before=$(scontrol --oneliner show job "$JOB" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    [[ -n $before && $before != "(null)" ]] && before=$(scontrol show hostnames "$before" | paste -sd,) || before=
+    nodes=$(tr , '\n' <<<"$before,$1" | sort -u | sed '/^$/d' | paste -sd,)
+    left=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,alloc,mix,comp --format=%N | sort -u |
+        grep -vcxF -f <(tr , '\n' <<<"$nodes")) || true
+    if ((left < SLURM_NNODES)); then
+        say "not excluded, $left nodes would be left: $1"
+    elif scontrol update JobId="$JOB" ExcNodeList="$nodes"; then
+        say "from now on without $nodes"
+    else
+        say "could not exclude $1"
+    fi
 }

@@ -36,8 +36,9 @@ class Job:
         (failures_folder(self.run, self.number, self.restart) / f"rank-{rank}.json").write_text(json.dumps(facts))
 
     def end(self, outcome: Outcome, limits: Limits | None = None, **status):
-        verdict = decide(self.run, read_attempts(self.run), outcome, status, limits or Limits())
+        verdict = decide(self.run, self.number, self.restart, read_attempts(self.run), outcome, status, 20, limits or Limits())
         facts = {"verdict": verdict.action, "reason": verdict.reason, "suspects": verdict.suspects, "excluded": verdict.excluded}
+        facts |= {"trained": outcome.trained, "asked": outcome.asked}
         record_end(self.run, self.number, self.restart, facts)
         return verdict
 
@@ -132,13 +133,32 @@ def test_a_stop_file_and_a_cancelled_job_stay_stopped(job):
     assert job.end(Outcome(0), state="stopped").action == "stopped"
 
 
-def test_unfit_nodes_end_a_first_start_and_are_left_out_of_later_ones(job):
+def test_unfit_nodes_are_left_out(job):
     job.start()
-    first = job.end(Outcome(2, bad_nodes=("node02",)))
-    assert first.action == "give up" and "--exclude=node02" in first.reason
+    verdict = job.end(Outcome(2, trained=False, bad_nodes=("node02",)))
+    assert (verdict.action, verdict.excluded) == ("requeue", ("node02",)) and "preflight found node02 unfit" in verdict.reason
+
+
+def test_finished_with_fewer_steps_is_not_finished(job):
     job.start()
-    later = job.end(Outcome(2, bad_nodes=("node02",)))
-    assert (later.action, later.excluded) == ("requeue", ("node02",))
+    assert job.end(Outcome(0, trained=False, asked=True), state="finished", step=10).action == "requeue"
+
+
+def test_a_job_is_judged_by_its_own_attempts(job):
+    """A second, accidental job on the same run is refused by the folder's lock; that is no verdict on the first."""
+    job.start()
+    job.save(5)
+    second = Job(job.run, "8")
+    second.start()
+    second.fail(0, "node09", 2, time=1.0)
+    assert second.end(Outcome(2), state="running").action == "give up"
+    assert job.end(Outcome(0, asked=True), state="interrupted").action == "requeue"
+
+
+def test_attempts_wanted_back_before_training_do_not_count(job):
+    for _ in range(6):
+        job.start()
+        assert job.end(Outcome(0, trained=False, asked=True), state="interrupted").action == "requeue"
 
 
 def test_a_hang_suspects_nobody(job):
@@ -148,14 +168,20 @@ def test_a_hang_suspects_nobody(job):
     assert verdict.action == "requeue" and verdict.reason.startswith("hung:") and not verdict.suspects
 
 
-def test_attempts_that_die_without_a_word_are_bounded_at_the_start(job):
-    for started in range(3):
-        assert (check_start(job.run, read_attempts(job.run), Limits()) if started else None) is None
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_attempts_that_slurm_ends_are_bounded_at_the_start(job, cancelled):
+    """By TERM, with an end written, or with the batch node, without one: nine in a row without a checkpoint, and restarts at all."""
+    for _ in range(9):
+        assert check_start(read_attempts(job.run), Limits()) is None
         job.start()
-    found = check_start(job.run, read_attempts(job.run), Limits())
-    assert found.action == "give up" and "without a word" in found.reason
-    job.save(5)  # the last of them had got somewhere
-    assert check_start(job.run, read_attempts(job.run), Limits()) is None
+        if cancelled:
+            job.end(Outcome(143, cancelled=True), state="running")
+    found = check_start(read_attempts(job.run), Limits())
+    assert found.action == "give up" and "9 attempts in a row" in found.reason
+    assert "MAX_RESTARTS" in check_start(read_attempts(job.run), Limits(max_restarts=8)).reason
+    if not cancelled:
+        job.save(5)  # the last of them had got somewhere
+        assert check_start(read_attempts(job.run), Limits()) is None
 
 
 def test_a_torn_line_is_no_obstacle_and_a_wrong_one_is_named(job):

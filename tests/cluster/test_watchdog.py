@@ -39,3 +39,17 @@ def test_an_empty_folder_counts_from_the_beginning(tmp_path):
     clock = Clock([])
     watch(tmp_path / "not there yet", 600, pause=clock.pause, now=clock)
     assert 600 <= clock.time <= 620 and signs_of_life(tmp_path) == {}
+
+
+def test_a_file_servers_hiccup_does_not_end_the_watch(tmp_path, monkeypatch):
+    (tmp_path / "log.jsonl").write_text("")
+    real = type(tmp_path).stat
+
+    def stat(self, **options):
+        if self.name == "log.jsonl":
+            raise OSError(116, "Stale file handle")
+        return real(self, **options)
+
+    monkeypatch.setattr(type(tmp_path), "stat", stat)
+    clock = Clock([])
+    assert "600 s" in watch(tmp_path, 600, pause=clock.pause, now=clock)

@@ -72,9 +72,10 @@ class Site:
         return subprocess.run(["bash", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
     def submit(self, script: str, *options: str, overrides: str = "", **variables: str) -> str:
-        """sbatch a script; returns the job's number. The log goes to the site, not into the clone."""
+        """sbatch a script; returns the job's number. options: of sbatch; without a dash, of the script. The log goes to the site."""
         log = f"--output={self.path}/logs/%x-%j.log"
-        command = ["sbatch", "--parsable", log, *options, script]
+        arguments = [option for option in options if not option.startswith("-")]
+        command = ["sbatch", "--parsable", log, *(option for option in options if option.startswith("-")), script, *arguments]
         environment = self.environment(overrides, **variables)
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr

@@ -61,7 +61,9 @@ def test_without_it_one_line_says_what_to_do(tmp_path, script):
         ("MAX_IDLE", "0", "MAX_IDLE: 0 is no positive whole number"),
         ("MAX_RESTARTS", "many", "MAX_RESTARTS: many is no positive"),
         ("PROCESSES_PER_NODE", "eight", "PROCESSES_PER_NODE: eight is no positive whole number; leave it empty"),
-        ("CHEKPOINTS", "/x", "CHEKPOINTS: unknown setting"),
+        ("HANG_TIMOUT", "600", "HANG_TIMOUT: unknown setting; did you mean HANG_TIMEOUT?"),
+        ("GPU", "a100", "GPU: a100 is none of h100-80gb h200-141gb"),
+        ("MIN_ALL_REDUCE_GBPS", "fast", "MIN_ALL_REDUCE_GBPS: fast is no number"),
     ],
 )
 def test_a_wrong_field_is_named(tmp_path, setting, value, said):
@@ -81,9 +83,33 @@ def test_shell_that_does_not_parse(tmp_path):
     assert "not valid shell" in one_line(run(tmp_path, "slurm/extend_8b_64k.sh", "--render", text=text))
 
 
-def test_the_network_settings_of_others_pass(tmp_path):
-    text = written(good(tmp_path)) + "export NCCL_SOCKET_IFNAME=bond0\nexport UCX_TLS=rc\n"
+def test_settings_of_others_and_shell_of_ones_own_pass(tmp_path):
+    """Also what fails in passing: `module load` and tests are not written for `set -e`."""
+    text = (
+        written(good(tmp_path)) + "export NCCL_SOCKET_IFNAME=bond0 https_proxy=http://proxy\nBASE=/fsx\nfalse\n[[ -d /no ]] && export X=1\n"
+    )
     assert run(tmp_path, "slurm/extend_8b_64k.sh", "--render", text=text).returncode == 0
+
+
+def test_empty_account_and_partition_are_not_passed_on(cluster, tmp_path):
+    """sbatch takes an empty SBATCH_PARTITION for the name of a partition."""
+    text = written({**good(tmp_path), "DEVICE": "cpu", "PROCESSES_PER_NODE": "1"}) + "export SBATCH_PARTITION= SBATCH_ACCOUNT=\n"
+    environment = {"SLURM_CONF": cluster.environment["SLURM_CONF"], "SBATCH_PARTITION": "", "SBATCH_OUTPUT": f"{tmp_path}/log"}
+    found = run(tmp_path, "slurm/extend_8b_64k.sh", "--hold", text=text, **environment)
+    assert found.returncode == 0 and "submitted job" in found.stdout, found.stderr
+    cluster.output("scancel", found.stdout.split()[-1])
+
+
+def test_a_refused_submission_is_no_submission(cluster, tmp_path):
+    text = written(good(tmp_path))
+    found = run(tmp_path, "slurm/extend_8b_64k.sh", "--nodes=99", text=text, SLURM_CONF=cluster.environment["SLURM_CONF"])
+    assert found.returncode == 2 and "submitted" not in found.stdout and "error: sbatch refused" in found.stderr
+
+
+def test_looking_at_a_job_from_within_an_allocation_starts_nothing(tmp_path):
+    text = written(good(tmp_path))
+    found = run(tmp_path, "slurm/extend_8b_64k.sh", "--render", text=text, SLURM_JOB_ID="7", SLURM_TASK_PID="1")
+    assert found.returncode == 0 and not list((tmp_path / "runs").iterdir())
 
 
 def test_an_engine_that_is_none(tmp_path):

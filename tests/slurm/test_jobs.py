@@ -121,6 +121,41 @@ def test_the_whole_way_of_a_70b_job(prepared):
     assert {"base", "extended"} <= set(json.dumps(report).replace('"', " ").split())
 
 
+@pytest.mark.timeout(400)
+def test_the_tasks_of_a_sweep_do_not_touch_each_other(prepared):
+    """SLURM_JOB_ID of an array's last task is the array's own: what is done in its name must not reach the others."""
+    site, cluster = prepared, prepared.cluster
+    table = site.path / "pair.txt"
+    line = "recipes/llama3_8b_64k.yaml training.steps=40 output.save_interval=10"
+    table.write_text(f"# two runs\nfirst {line} seed=1\n\nlast {line} seed=2\n")
+    started = site.bash("slurm/sweep.sh", str(table), SBATCH_OUTPUT=f"{site.path}/logs/%x-%A_%a.log")
+    assert started.returncode == 0 and "2 runs" in started.stdout, started.stderr
+    array = started.stdout.split("submitted job ")[1].split(":")[0]
+    first, last = site.run("sweep_pair/first"), site.run("sweep_pair/last")
+    cluster.wait(lambda: first.step >= 2 and last.step >= 2, 120, "both runs train")
+    signal_batch(cluster, f"{array}_1")
+    for task in (f"{array}_0", f"{array}_1"):
+        site.wait_for(task, "COMPLETED", 150)
+    assert [len(run.history) for run in (first, last)] == [40, 40]
+    assert first.reasons == ["finished at step 40"], "one start, undisturbed"
+    assert len(last.reasons) == 2 and "time limit" in last.reasons[0]
+
+
+def test_a_stopped_run_is_not_evaluated_and_goes_on_later(prepared):
+    """A file STOP ends the job with a code that keeps what waits for a finished run (afterok) from starting."""
+    victim = Victim(prepared, "stopped")
+    victim.go_on(2)
+    (victim.run.path / "STOP").touch()
+    prepared.wait_for(victim.job, "FAILED", 60)
+    assert "stopped: " in prepared.log(victim.job) and victim.run.state == "stopped"
+    evaluation = prepared.submit(
+        "slurm/evaluate.sh", "recipes/llama3_8b_64k.yaml", overrides=f"{RUN_8B} output.directory={victim.run.path}"
+    )
+    prepared.wait_for(evaluation, "FAILED", 60)
+    assert f"{victim.run.path}: not finished, it is at step " in prepared.log(evaluation)
+    assert not (victim.run.path / "export").exists()
+
+
 def test_what_no_restart_mends_ends_in_one_line(prepared):
     site = prepared
     overrides = f"{RUN_8B} output.directory={site.path}/runs/bad data.train.0.path={site.path}/data/absent"
