@@ -17,6 +17,7 @@ in_job() { [[ -n ${SLURM_JOB_ID:-} && ${SLURM_TASK_PID:-} == "$$" ]]; }
 
 # load_config: everything that the rest of slurm/lib reads, exported to the ranks.
 load_config() {
+    local name
     ((BASH_VERSINFO[0] > 4 || (BASH_VERSINFO[0] == 4 && BASH_VERSINFO[1] >= 4))) || die "bash $BASH_VERSION: too old; 4.4 or newer is needed"
     CONFIG=${CLUSTER_ENV:-slurm/cluster.env}
     [[ -f $CONFIG ]] || die "$CONFIG: missing; cp slurm/cluster.env.example $CONFIG and fill it in"
