@@ -68,7 +68,7 @@ def cpu_cluster(ranks: int, memory_gb: float = 16.0, engine: str = "deepspeed") 
     """Ranks on this machine over gloo: for holding memory predictions against real peaks. Its times mean nothing.
 
     runtime_gb: what a rank holds after a step beyond its tensors. 0.06 under DeepSpeed, in bf16 and fp32 alike: its hooks and
-    modules. 0.017 under Megatron: the growth of a rank whose model has 0.2 MB.
+    modules. 0.017 under Megatron: the growth of a bf16 rank whose model has 0.2 MB (of an fp32 rank 0.006).
     """
     runtime = {"deepspeed": 0.06, "megatron": 0.017}[engine]
     return Cluster(1, ranks, memory_gb, runtime_gb=runtime, collective_copies=1, touched_only=True, fused_layers=False)

@@ -159,9 +159,10 @@ def loss_bytes(architecture: Architecture, length: int, micro_batch: int, layout
 
 
 def _buffers(architecture: Architecture, length: int, micro_batch: int, layout: Layout, w: int) -> float:
-    """Pipeline messages (received and sent, both directions) and the ring's keys and values."""
+    """Pipeline messages and the ring's keys and values. An end of the pipeline receives in one direction and sends in the other, in
+    both only where chunks are interleaved."""
     a, tokens = architecture, micro_batch * length / layout.context
     stream = layout.tensor if layout.sequence_parallel else 1
-    messages = 4 * tokens * a.hidden_size * w / stream if layout.pipeline > 1 else 0.0
+    messages = 0 if layout.pipeline == 1 else 2 if layout.virtual == 1 else 4
     ring = 4 * tokens * 2 * a.kv_heads * a.head_dim * w / layout.tensor if layout.context > 1 else 0.0
-    return messages + ring
+    return messages * tokens * a.hidden_size * w / stream + ring

@@ -1,8 +1,9 @@
 """One rank of tests/planning/test_megatron_memory_real.py: train as megatron_patches/train.py does, at one layout after another.
 
 megatron_memory_rank.py JOBS OUT        RANK in the environment; JOBS: json list of {name, processes, recipe}
-writes OUT/<name>.<rank>.json: growth of anonymous memory, the peak within each phase, units of 10^9 bytes
+writes OUT/<name>.<rank>.json: {"by": {phase: peak within it of the growth of anonymous memory}, "saved"}, units of 10^9 bytes
 
+saved: what autograd holds for backward, weights apart, where a step is one micro-batch of which nothing is recomputed.
 processes: which of the launched processes are the job's ranks 0, 1, ... Phases: load (the model built and its weights read),
 engine (gradient buffers, optimizer), train (all steps). Each job is a fork of a process that has Megatron imported and nothing
 else, so that no job runs in memory that another one has freed.
@@ -58,8 +59,8 @@ def run(job: dict, out: Path, rank: int) -> None:
         (out / f"{job['name']}.{rank}.json").write_text(json.dumps(measure(job["recipe"], world)))
 
 
-def measure(recipe_file: str, world) -> dict[str, float]:
-    """The growth over what a rank holds before its model is built."""
+def measure(recipe_file: str, world) -> dict:
+    """The growth is over what a rank holds before its model is built."""
     import megatron_patches
     from endprompt.recipe import load_recipe
     from megatron_patches.engine import build_engine, init_parallel
@@ -85,7 +86,23 @@ def measure(recipe_file: str, world) -> dict[str, float]:
     engine = growth.phase("engine", lambda: build_engine(recipe, prepared.layout, chunks))
     loop = Loop(recipe, world, engine, prepared.train_data, None, save=lambda step: None, stop_reason=lambda: None, monitor=None)
     growth.phase("train", lambda: loop.run(0))
-    return growth.phases
+    plain = prepared.layout.micro_steps == 1 and not recipe.training.activation_checkpointing
+    return {"by": growth.phases, "saved": saved_in_a_step(loop, chunks) if plain else None}
+
+
+def saved_in_a_step(loop, chunks) -> float:
+    """Bytes of all unique storages that autograd saves, parameters apart."""
+    apart, kept = {parameter.untyped_storage().data_ptr() for chunk in chunks for parameter in chunk.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in apart:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loop.optimizer_step(0, 0.0)
+    return sum(size for size, _ in kept.values()) / 1e9
 
 
 if __name__ == "__main__":
