@@ -23,6 +23,8 @@ class Cluster:
     host_update: bytes/s at which the host's AdamW goes through states, for each GPU's share. pcie and host_update are assumed: no
     published row offloads.
     collective_copies: copies of a message that the collective library keeps while it works: none in NCCL, one in gloo.
+    fused_layers: norms, activations and Adam are single kernels that keep or need no steps in between, as on a GPU; torch's own
+    operations on a CPU.
     touched_only: only pages that were written count, as on a CPU; a GPU's allocator counts the whole of a buffer.
     """
 
@@ -39,6 +41,7 @@ class Cluster:
     runtime_gb: float = 3.0
     collective_copies: int = 0
     touched_only: bool = False
+    fused_layers: bool = True
 
     @property
     def gpus(self) -> int:
@@ -61,9 +64,11 @@ class Cluster:
         return size * (ranks - 1) / ranks / self.bus_rate(ranks, ranks_per_node)
 
 
-def cpu_cluster(ranks: int, memory_gb: float = 16.0) -> Cluster:
+def cpu_cluster(ranks: int, memory_gb: float = 16.0, engine: str = "deepspeed") -> Cluster:
     """Ranks on this machine over gloo: for holding memory predictions against real peaks. Its times mean nothing.
 
-    runtime_gb: what a rank holds after a step beyond its tensors, 0.06 in bf16 and fp32 alike: DeepSpeed's hooks and modules.
+    runtime_gb: what a rank holds after a step beyond its tensors. 0.06 under DeepSpeed, in bf16 and fp32 alike: its hooks and
+    modules. 0.017 under Megatron: the growth of a bf16 rank whose model has 0.2 MB (of an fp32 rank 0.006).
     """
-    return Cluster(1, ranks, memory_gb, runtime_gb=0.06, collective_copies=1, touched_only=True)
+    runtime = {"deepspeed": 0.06, "megatron": 0.017}[engine]
+    return Cluster(1, ranks, memory_gb, runtime_gb=runtime, collective_copies=1, touched_only=True, fused_layers=False)

@@ -1,7 +1,9 @@
 """Memory of a rank of the Megatron-Core engine: sharded states, activations in flight in the pipeline, and the stock loss.
 
-Per rank of a layout TP x PP x CP x DP; T = micro_batch x length / CP tokens. Norms and the residual stream are cut by TP only
-under sequence parallelism; everything else of a layer is. Figures are for Transformer Engine's layers and flash attention.
+Held against real peaks of small models on CPUs in tests/planning/test_megatron_memory_real.py. Per rank of a layout TP x PP x
+CP x DP; T = micro_batch x length / CP tokens, w bytes of a weight. Norms and the residual stream are cut by TP only under sequence
+parallelism; everything else of a layer is. `cluster.fused_layers`: Transformer Engine's layers and flash attention, or what
+autograd keeps of torch's on a CPU.
 """
 
 from __future__ import annotations
@@ -10,9 +12,6 @@ from endprompt.models.architectures import Architecture
 from endprompt.models.layout import Layout
 from endprompt.planning.cluster import Cluster
 from endprompt.planning.memory import GB, Memory
-
-DDP_BUCKET = 4e7
-"""Numbers of gradient in one bucket of Megatron's DDP (its default is max(4e7, 1e6 x data-parallel ranks))."""
 
 
 def megatron_memory(
@@ -26,23 +25,30 @@ def megatron_memory(
     distributed_optimizer: bool = True,
     precision: str = "bf16",
 ) -> Memory:
-    """Predicted peak of the fullest rank: a stage at either end of the pipeline. recompute: none, selective or full.
-
-    The update adds nothing: gradients are fp32 already, and the optimizer reads its shard of them in place.
-    """
+    """Predicted peak of the fullest rank: a stage at either end of the pipeline. recompute: none, selective or full."""
+    a, w, t = architecture, 2 if precision == "bf16" else 4, layout.tensor
     phases: dict[str, dict[str, float]] = {}
     ends = [("the only stage", True, True)] if layout.pipeline == 1 else [("first stage", True, False), ("last stage", False, True)]
     for name, embeds, has_head in ends:
-        parameters = stage_parameters(architecture, layout, embeds=embeds, has_head=has_head)
+        parameters = stage_parameters(a, layout, embeds=embeds, has_head=has_head)
         states = megatron_states(parameters, layout, distributed_optimizer, precision)
-        in_flight = layers_in_flight(architecture, layout, first=embeds)
-        shared = {**states, "runtime": cluster.runtime_gb * GB, "buffers": _buffers(architecture, length, micro_batch, layout)}
-        kept, layer, working = activation_bytes(architecture, length, micro_batch, layout, recompute)
+        in_flight = layers_in_flight(a, layout, first=embeds)
+        runtime = {"runtime": cluster.runtime_gb * GB}
+        shared = {**states, **runtime, "buffers": _buffers(a, length, micro_batch, layout, w)}
+        kept, layer, working = activation_bytes(a, length, micro_batch, layout, recompute, w, fused=cluster.fused_layers)
         activations = {"activations": in_flight * kept, "recomputed layer" if recompute == "full" else "backward": layer + working}
         phases[name] = {**shared, **activations}
         if has_head:
-            loss = loss_bytes(architecture, length, micro_batch, layout)
+            loss = loss_bytes(a, length, micro_batch, layout, w, fused=cluster.fused_layers)
             phases[f"{name}, loss"] = {**shared, "activations": in_flight * kept, "loss": loss}
+        phases[f"{name}, built"] = {**runtime, **built_bytes(parameters, distributed_optimizer, w)}
+        # Buckets are views of the gradient buffer and are reduced in place; gloo scatters out of a copy.
+        copied = 4 * parameters if distributed_optimizer else 0.0
+        phases[f"{name}, reduce"] = {**shared, "collectives": cluster.collective_copies * copied}
+        if not cluster.fused_layers:  # torch's Adam goes through parameter by parameter with two temporaries, fused ones have none
+            largest = max(a.embedding_parameters, 2 * a.hidden_size * a.ffn_size) / t
+            share = min(largest, parameters / _shards(layout, distributed_optimizer))
+            phases[f"{name}, update"] = {**shared, "optimizer step": 2 * 4 * share}
     return Memory(phases)
 
 
@@ -89,39 +95,74 @@ def layers_in_flight(architecture: Architecture, layout: Layout, *, first: bool)
     return min(chunks, m * v) * per_stage / v
 
 
+def built_bytes(parameters: float, distributed_optimizer: bool, w: int) -> dict[str, float]:
+    """Before there is an optimizer: the distributed one has DDP copy the weights into a flat buffer, beside that of gradients."""
+    return {"weights": w * parameters * (1 + distributed_optimizer), "gradients": 4 * parameters}
+
+
 def activation_bytes(
-    architecture: Architecture, length: int, micro_batch: int, layout: Layout, recompute: str
+    architecture: Architecture, length: int, micro_batch: int, layout: Layout, recompute: str, w: int = 2, *, fused: bool = True
 ) -> tuple[float, float, float]:
     """Bytes a layer keeps for one micro-batch, a recomputed layer's bytes beyond that, and the gradients at work in its MLP.
 
-    A whole layer, a token: input, two normed inputs and the residual between (8 h), q, k, v and the attention output (4 q + 4 k),
-    gate, up, and their product (6 f). `selective` recomputes the attention core, which under flash attention keeps little
-    anyway: its output (2 q). `full` keeps the input of the layer only, 2 h.
+    `full` keeps the input of the layer only. `selective` recomputes the attention core, which under flash attention keeps nothing
+    that others do not: its output is the input of the next product (measured: the same peak as `none`).
     """
     a, tokens, t = architecture, micro_batch * length / layout.context, layout.tensor
     stream = t if layout.sequence_parallel else 1
-    query, key = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    whole = tokens * (8 * a.hidden_size / stream + (4 * query + 4 * key + 6 * a.ffn_size) / t)
-    working = tokens * (4 * a.ffn_size / t + 2 * a.hidden_size / stream)
+    whole = tokens * saved_bytes(a, layout, w, fused=fused)
+    if layout.context > 1 and not fused:  # torch's attention makes a mask of both chunks' queries by the keys up to their ends
+        chunk = length / (2 * layout.context)
+        whole += w * chunk * chunk * (2 * layout.context + 1)
+    working = tokens * w * (2 * a.ffn_size / t + a.hidden_size / stream)
     if layout.sequence_parallel:  # a column-parallel product gathers its input, in forward and for the weight's gradient
-        working += tokens * 2 * a.hidden_size
+        working += tokens * w * a.hidden_size
     if recompute == "full":
-        return tokens * 2 * a.hidden_size / stream, whole, working
-    kept = whole - tokens * 2 * query / t if recompute == "selective" else whole
-    return kept, 0.0, working
+        return tokens * w * a.hidden_size / stream, whole, working
+    return whole, 0.0, working
 
 
-def loss_bytes(architecture: Architecture, length: int, micro_batch: int, layout: Layout) -> float:
-    """The stock vocab-parallel cross-entropy on [s/CP, b, V/TP]: bf16 logits (2 B), their fp32 copy that becomes the softmax
-    and then its gradient (4 B), and that gradient in bf16 on its way to the head (2 B)."""
-    tokens = micro_batch * length / layout.context
-    return tokens * architecture.vocab_size / layout.tensor * (2 + 4 + 2)
+def saved_bytes(architecture: Architecture, layout: Layout, w: int, *, fused: bool) -> float:
+    """What autograd keeps of one layer, a token.
+
+    Fused: input, two normed inputs and the residual between (4 h), q, k, v and the attention output (2 q + 2 k), gate, up, and
+    their product (3 f). On a CPU torch composes the norms: in bf16 each keeps its input and the normed state in fp32 and the
+    weighted one (4 + 4 + 2 h), in fp32 the latter two (4 + 4 h) beside the residual itself (4 h). v is a view of the product of
+    all three, which stays whole beside the turned q and k (3 q + 3 k with the output), silu(gate) and a copy of up come on top
+    (5 f), and every layer makes sines and cosines for q and for k (4 d). Under context parallelism it keeps all ranks' keys and
+    values, and the output both in chunks and joined (3 q + 2 CP k).
+    """
+    a, t = architecture, layout.tensor
+    stream = t if layout.sequence_parallel else 1
+    query, key = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    if fused:
+        return w * (4 * a.hidden_size / stream + (2 * query + 2 * key + 3 * a.ffn_size) / t)
+    norms = (20 if w == 2 else 24) * a.hidden_size / stream
+    keys = 3 * key if layout.context == 1 else 2 * layout.context * key
+    return norms + w * ((3 * query + keys + 5 * a.ffn_size) / t + 4 * a.head_dim)
 
 
-def _buffers(architecture: Architecture, length: int, micro_batch: int, layout: Layout) -> float:
-    """Pipeline messages (received and sent, both directions), the ring's keys and values, and a DDP bucket in flight."""
+def loss_bytes(architecture: Architecture, length: int, micro_batch: int, layout: Layout, w: int = 2, *, fused: bool = True) -> float:
+    """The stock vocab-parallel cross-entropy on [s/CP, b, V/TP], the head's backward and what the final norm keeps.
+
+    bf16 logits (2 B) and their fp32 copy that becomes the softmax and then its gradient (4 B); backward again that and its bf16
+    cast. In fp32 all of it is one tensor, changed in place (4 B). Then the head: that gradient in w bytes and the weight's,
+    which is made apart from the fp32 buffer that it is added to.
+    """
+    a, tokens, t = architecture, micro_batch * length / layout.context, layout.tensor
+    stream = t if layout.sequence_parallel else 1
+    logits = tokens * (6 if w == 2 else 4)
+    head = w * (tokens + a.hidden_size)
+    norm = (2 * w if fused else 10 if w == 2 else 12) * tokens * a.hidden_size / stream
+    gathered = w * tokens * a.hidden_size if layout.sequence_parallel else 0.0
+    return max(logits, head) * a.vocab_size / t + norm + gathered
+
+
+def _buffers(architecture: Architecture, length: int, micro_batch: int, layout: Layout, w: int) -> float:
+    """Pipeline messages and the ring's keys and values. An end of the pipeline receives in one direction and sends in the other, in
+    both only where chunks are interleaved."""
     a, tokens = architecture, micro_batch * length / layout.context
     stream = layout.tensor if layout.sequence_parallel else 1
-    messages = 4 * tokens * a.hidden_size * 2 / stream if layout.pipeline > 1 else 0.0
-    ring = 4 * tokens * 2 * a.kv_heads * a.head_dim * 2 / layout.tensor if layout.context > 1 else 0.0
-    return messages + ring + 4 * DDP_BUCKET
+    messages = 0 if layout.pipeline == 1 else 2 if layout.virtual == 1 else 4
+    ring = 4 * tokens * 2 * a.kv_heads * a.head_dim * w / layout.tensor if layout.context > 1 else 0.0
+    return messages * tokens * a.hidden_size * w / stream + ring
