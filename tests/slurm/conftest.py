@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from tests.slurm.cluster import Cluster, missing
-from tests.slurm.site import Run, Site
-from tests.slurm.victim import RUN_8B
-from tests.support.workspace import ROOT
+from tests.slurm.site import Site
+from tests.slurm.victim import RUN_8B, history_without_slurm
 
 
 @pytest.fixture(scope="session")
@@ -41,11 +37,4 @@ def prepared(site) -> Site:
 
 @pytest.fixture(scope="module")
 def unbroken(prepared) -> list[tuple[int, float]]:
-    """The loss history of the 8B recipe on two ranks of this machine, without SLURM and without a break."""
-    overrides = [*prepared.environment(RUN_8B)["OVERRIDES"].split(), f"output.directory={prepared.path}/runs/unbroken"]
-    sets = [word for override in overrides for word in ("--set", override)]
-    command = [sys.executable, "ds_train.py", "--recipe", "recipes/llama3_8b_64k.yaml", "--nproc-per-node", "2", *sets]
-    environment = {**prepared.environment(), **{name: str(prepared.settings[name]) for name in ("CHECKPOINTS", "DATA", "RUNS")}}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return Run(prepared.path / "runs" / "unbroken").history
+    return history_without_slurm(prepared, RUN_8B)

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
-from tests.slurm.site import Site
+from tests.slurm.site import Run, Site
+from tests.support.workspace import ROOT
 
 STEPS, SAVE_INTERVAL = 60, 4
 RUN_8B = f"training.steps={STEPS} output.save_interval={SAVE_INTERVAL}"
 
 
+def history_without_slurm(site: Site, overrides: str) -> list[tuple[int, float]]:
+    """(step, loss) of the 8B recipe on two ranks of this machine, without SLURM and without a break."""
+    run = Run(site.path / "runs" / f"unbroken_{len(list(site.path.glob('runs/unbroken_*')))}")
+    fields = [*site.environment(overrides)["OVERRIDES"].split(), f"output.directory={run.path}"]
+    sets = [word for field in fields for word in ("--set", field)]
+    command = [sys.executable, "ds_train.py", "--recipe", "recipes/llama3_8b_64k.yaml", "--nproc-per-node", "2", *sets]
+    environment = {**site.environment(), **{name: str(site.settings[name]) for name in ("CHECKPOINTS", "DATA", "RUNS")}}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return run.history
+
+
 class Victim:
     """The 8B script with the tiny model on two nodes. options: of sbatch."""
 
-    def __init__(self, site: Site, name: str, *options: str, save_interval: int = SAVE_INTERVAL):
+    def __init__(self, site: Site, name: str, *options: str, save_interval: int = SAVE_INTERVAL, steps: int = STEPS):
         self.site, self.cluster, self.run, self.save_interval = site, site.cluster, site.run(name), save_interval
-        overrides = f"training.steps={STEPS} output.save_interval={save_interval} output.directory={self.run.path}"
+        overrides = f"training.steps={steps} output.save_interval={save_interval} output.directory={self.run.path}"
         self.job = site.submit("slurm/extend_8b_64k.sh", "--nodes=2", *options, overrides=overrides)
 
     def wait(self, condition: Callable[[], object], what: str, seconds: float = 150) -> None:
@@ -56,7 +71,7 @@ class Victim:
 
     def training(self) -> None:
         """Until ranks of this attempt run, or the job has ended."""
-        self.wait(lambda: self.rank_on(self.nodes[0]) or self.ended, "ranks")
+        self.wait(lambda: self.starts and self.rank_on(self.nodes[0]) or self.ended, "ranks")
 
     @property
     def ended(self) -> bool:
