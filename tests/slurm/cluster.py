@@ -72,8 +72,9 @@ def missing() -> str:
         return f"no SLURM here ({', '.join(absent)} missing); apt-get install slurmctld slurmd slurm-client munge"
     if os.getuid() != 0:
         return "starting a SLURM cluster on one machine needs root"
-    probe = subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True)
-    return "" if probe.returncode == 0 else "this container may not make namespaces, which stand for nodes"
+    node = "hostname probe && mount --bind /etc/hosts /etc/hosts"
+    probe = subprocess.run(["unshare", "--uts", "--mount", "sh", "-c", node], capture_output=True, text=True)
+    return "" if probe.returncode == 0 else f"namespaces, which stand for nodes, cannot be made here ({probe.stderr.strip()})"
 
 
 class Cluster:
