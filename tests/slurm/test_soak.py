@@ -90,6 +90,7 @@ def test_a_rank_that_hangs_is_found_and_the_run_goes_on(prepared, unbroken):
 
 def test_a_job_that_gets_nowhere_is_given_up(prepared):
     """A rank that dies at every start before a checkpoint: three attempts, then no more GPU-hours."""
+    prepared.write_settings(MAX_IDLE="3")
     victim = Victim(prepared, "nowhere", save_interval=1000)
     for attempt in range(3):
         victim.go_on(2)
