@@ -46,6 +46,13 @@ class MachineError(UserError):
     exit_code = 1
 
 
+PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENETUNREACH,
+    errno.EHOSTUNREACH, errno.EREMOTEIO, errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.EBUSY,
+}  # fmt: skip
+"""Refusals of the operating system that another attempt may not meet."""
+
+
 def from_os_error(error: OSError) -> UserError:
     """Words for the operating system's refusals that a user meets: full disk, no permission, missing file."""
     where = error.filename or "file system"
@@ -60,9 +67,9 @@ def from_os_error(error: OSError) -> UserError:
         errno.EISDIR: "a file was expected here, not a folder; check the path",
     }
     problem = os.strerror(error.errno) if error.errno else str(error)
-    if error.errno not in fixes:
+    if error.errno in PASSING:
         return MachineError(where, problem, "run the same command again; if it comes back, look at the disk or the file server")
-    return UserError(where, problem, fixes[error.errno])
+    return UserError(where, problem, fixes.get(error.errno, "check the path"))
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
