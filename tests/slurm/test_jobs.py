@@ -94,30 +94,36 @@ def test_a_preempted_job_comes_back_and_a_cancelled_one_does_not(prepared, unbro
 
 
 @pytest.mark.timeout(400)
-def test_the_whole_way_of_a_70b_job(prepared):
-    """bash slurm/pipeline.sh: a Megatron checkpoint and text in; a trained, exported, evaluated model out, on Megatron-Core."""
-    site = prepared
-    source = site.path / "megatron_source"
-    hf = site.make_model("Meta-Llama-3-8B")
-    convert = [sys.executable, "tools/hf_to_megatron.py", "--input", hf, "--output", source]
+@pytest.mark.parametrize(("script", "model", "fields"), [
+    ("slurm/extend_70b_128k.sh", "Meta-Llama-3-70B", MEGATRON),
+    ("slurm/extend_8b_64k.sh", "Meta-Llama-3-8B", "training.steps=6 output.save_interval=3"),
+], ids=["70B on Megatron", "8B on DeepSpeed"])  # fmt: skip
+def test_the_whole_way(prepared, script, model, fields):
+    """bash slurm/pipeline.sh: a Megatron checkpoint and text in; a trained, exported, evaluated model out."""
+    site, before = prepared, dict(prepared.settings)
+    place = site.path / f"pipeline_{model}"
+    for name in ("checkpoints", "data"):
+        (place / name).mkdir(parents=True)
+    convert = [sys.executable, "tools/hf_to_megatron.py", "--input", site.make_model(), "--output", place / "source"]
     subprocess.run(convert, cwd=ROOT, check=True, capture_output=True)
-    run = site.run("pipeline")
-    (site.path / "data70b").mkdir()
-    site.write_settings(SOURCE_CHECKPOINT=source, DATA=site.path / "data70b", EVALUATION_OPTIONS="--cases 2 --distances 512 --dtype fp32")
-    overrides = f"{MEGATRON} output.directory={run.path}"
-    output = f"{site.path}/logs/%x-%j.log"
-    started = site.bash("slurm/pipeline.sh", "slurm/extend_70b_128k.sh", "--nodes=2", overrides=overrides, SBATCH_OUTPUT=output)
+    folders = {"CHECKPOINTS": place / "checkpoints", "DATA": place / "data", "SOURCE_CHECKPOINT": place / "source"}
+    site.write_settings(**folders, EVALUATION_OPTIONS="--cases 2 --distances 512 --dtype fp32")
+    run = site.run(f"pipeline_{model}")
+    started = site.bash(
+        "slurm/pipeline.sh", script, "--nodes=2", overrides=f"{fields} output.directory={run.path}",
+        SBATCH_OUTPUT=f"{site.path}/logs/%x-%j.log",
+    )  # fmt: skip
     assert started.returncode == 0, started.stderr
     jobs = dict(line.split(" job ") for line in started.stdout.splitlines() if " job " in line)
     jobs = {name.strip(): number.strip() for name, number in jobs.items()}
     assert list(jobs) == ["convert", "prepare", "train", "evaluate"]
     for number in jobs.values():
         site.wait_for(number, "COMPLETED", 150)
-    assert (site.path / "checkpoints" / "Meta-Llama-3-70B" / "model.safetensors").exists() and len(run.history) == 6
+    site.write_settings(**{"SOURCE_CHECKPOINT": "", "EVALUATION_OPTIONS": "", **before})
+    assert (place / "checkpoints" / model / "model.safetensors").exists() and len(run.history) == 6
     config = json.loads((run.path / "export" / "config.json").read_text())
     assert config["max_position_embeddings"] == 1024
     report = json.loads((run.path / "evaluation" / "report.json").read_text())
-    site.write_settings(DATA=site.path / "data")
     assert {"base", "extended"} <= set(json.dumps(report).replace('"', " ").split())
 
 
