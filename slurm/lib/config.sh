@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+#!/usr/bin/env bash
 # cluster.env, read and checked: a wrong field costs one line now and not a night in the queue.
 
 die() {

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+#!/usr/bin/env bash
 # What every slurm/extend_*.sh does: check, train, survive, and hand on to export and evaluation.
 source slurm/lib/config.sh
 source slurm/lib/world.sh

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+#!/usr/bin/env bash
 # Check recipe, nodes and network before a GPU-hour is spent.
 
 # preflight_commands: the arrays HEAD (here, before), CHECK_RANK (on every rank) and JUDGE (here, after).

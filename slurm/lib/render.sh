@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+#!/usr/bin/env bash
 # What a script would do, without doing it: bash slurm/extend_70b_128k.sh --render
 
 # render RECIPE ENGINE SCRIPT: SLURM's options and the commands of a first start, as they would run.

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+#!/usr/bin/env bash
 # Jobs of one process: prepare, convert, evaluate.
 source slurm/lib/config.sh
 

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+#!/usr/bin/env bash
 # The step that trains: asked to save when SLURM wants the nodes back, watched for hanging, its end judged.
 
 SAVE_SECONDS=540

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+#!/usr/bin/env bash
 # The ranks of a job: how many, where they meet, and the srun that starts one per process.
 
 # describe_world: PROCESSES_PER_NODE, NODES, RESTART, where ranks meet, and STEP.

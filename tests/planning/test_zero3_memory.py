@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from endprompt.planning.cluster import cpu_cluster
 from endprompt.planning.zero3_memory import saved_bytes, zero3_memory
 from endprompt.recipe import load_recipe
 from endprompt.training.launch import launch
+from tests.support.memory_rank import saved_by_autograd
 from tests.support.tiny import make_tiny_checkpoint
 from tests.support.workspace import ROOT, Workspace
 
@@ -78,20 +80,12 @@ def test_what_a_layer_saves_is_what_autograd_saves(tmp_path, dtype):
 
     config._attn_implementation = SDPA
     model = LlamaModel(config).to(dtype)
-    layer, tokens, kept = model.layers[0], 512, {}
+    layer, tokens = model.layers[0], 512
     hidden = torch.randn(1, tokens, 256, dtype=dtype, requires_grad=True)
     cos_sin = model.rotary_emb(hidden, torch.arange(tokens)[None])
     apart = {tensor.untyped_storage().data_ptr() for tensor in (hidden, *cos_sin, *layer.parameters())}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in apart:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(hidden, attention_mask=None, position_embeddings=cos_sin, position_ids=None)
-    measured = sum(size for size, _ in kept.values()) / tokens
+    forward = partial(layer, hidden, attention_mask=None, position_embeddings=cos_sin, position_ids=None)
+    measured = saved_by_autograd(forward, apart) / tokens
     architecture = architecture_of_config(config.to_dict() | {"rope_theta": 10000.0})
     assert saved_bytes(architecture, dtype.itemsize) == pytest.approx(measured, rel=0.06)
 

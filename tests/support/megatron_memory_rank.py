@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.support.memory_rank import Growth, return_freed_blocks
+from tests.support.memory_rank import Growth, return_freed_blocks, saved_by_autograd
 
 
 def main() -> None:
@@ -92,17 +92,8 @@ def measure(recipe_file: str, world) -> dict:
 
 def saved_in_a_step(loop, chunks) -> float:
     """Bytes of all unique storages that autograd saves, parameters apart."""
-    apart, kept = {parameter.untyped_storage().data_ptr() for chunk in chunks for parameter in chunk.parameters()}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in apart:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loop.optimizer_step(0, 0.0)
-    return sum(size for size, _ in kept.values()) / 1e9
+    apart = {parameter.untyped_storage().data_ptr() for chunk in chunks for parameter in chunk.parameters()}
+    return saved_by_autograd(lambda: loop.optimizer_step(0, 0.0), apart) / 1e9
 
 
 if __name__ == "__main__":

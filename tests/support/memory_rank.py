@@ -49,6 +49,21 @@ class Growth:
         return result
 
 
+def saved_by_autograd(action, apart: set[int]) -> int:
+    """Bytes of all unique storages that autograd saves while `action()` runs. apart: data pointers of those not to count."""
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in apart:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        action()
+    return sum(size for size, _ in kept.values())
+
+
 def return_freed_blocks() -> None:
     """Give freed blocks above 256 KiB back at once.
 
