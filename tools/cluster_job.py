@@ -23,6 +23,7 @@ from endprompt.cluster import attempts, verdict
 from endprompt.cluster.watchdog import watch
 from endprompt.errors import run_command
 from endprompt.recipe import Recipe, add_recipe_arguments, load_recipe
+from endprompt.training.run_files import checkpoint_step
 from endprompt.training.run_folder import RunFolder
 
 
@@ -66,7 +67,7 @@ def facts(recipe: Recipe, arguments: argparse.Namespace) -> None:
         MODEL_PATH=recipe.model.path,
         TRAIN_DATA=" ".join(source.path for source in recipe.data.train),
         VALIDATION_DATA=validation,
-        FINISHED="yes" if is_finished(recipe, status) else "no",
+        FINISHED="yes" if verdict.is_finished(status, recipe.steps) else "no",
         STEP_NOW=f"{status.get('step', 0)} of {recipe.steps}",
         TARGET_LENGTH=recipe.target_length,
         ORIGINAL_LENGTH=recipe.model.original_length,
@@ -76,7 +77,7 @@ def facts(recipe: Recipe, arguments: argparse.Namespace) -> None:
 def begin(recipe: Recipe, arguments: argparse.Namespace) -> None:
     """`finished`: a requeued job of a run that is done ends at once. `give_up`: nodes die under it and it gets nowhere."""
     run = Path(recipe.output.directory)
-    if is_finished(recipe, RunFolder(recipe).read_status()):
+    if verdict.is_finished(RunFolder(recipe).read_status(), recipe.steps):
         print_assignments(ACTION="finished", REASON=f"finished already at step {recipe.steps}", EXCLUDE="")
         return
     before = [attempt for attempt in attempts.read_attempts(run) if attempt.job == arguments.job]
@@ -86,7 +87,7 @@ def begin(recipe: Recipe, arguments: argparse.Namespace) -> None:
         return
     attempts.record_start(run, arguments.job, arguments.restart, arguments.nodes)
     attempts.failures_folder(run, arguments.job, arguments.restart).mkdir(parents=True, exist_ok=True)
-    print_assignments(ACTION="go", REASON=f"from step {attempts.checkpoint_step(run)} of {recipe.steps}", EXCLUDE="")
+    print_assignments(ACTION="go", REASON=f"from step {checkpoint_step(run)} of {recipe.steps}", EXCLUDE="")
 
 
 def end(recipe: Recipe, arguments: argparse.Namespace) -> None:
@@ -108,10 +109,6 @@ def end(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
 def watch_run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     print(watch(Path(recipe.output.directory), arguments.timeout))
-
-
-def is_finished(recipe: Recipe, status: dict) -> bool:
-    return status.get("state") == "finished" and status.get("step") == recipe.steps
 
 
 def limits(arguments: argparse.Namespace) -> verdict.Limits:

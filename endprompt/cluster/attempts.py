@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from endprompt.cluster.run_files import read_lines
+from endprompt.training.run_files import checkpoint_step, read_lines
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,3 @@ def read_attempts(run: Path) -> list[Attempt]:
         last = end["step"] if end else following
         attempts.append(Attempt(*key, tuple(start.get("nodes", [])), start["time"], start["step"], last, end))
     return attempts
-
-
-def checkpoint_step(run: Path) -> int:
-    """Step of the checkpoint that the pointer names, 0 where there is none (read without the engines' imports)."""
-    try:
-        name = (run / "checkpoints" / "latest").read_text().strip()
-        return int(json.loads((run / "checkpoints" / name / "state.json").read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0

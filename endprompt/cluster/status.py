@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from endprompt.cluster import pace, run_files
+from endprompt.cluster import pace
 from endprompt.errors import UserError
+from endprompt.training import run_files
 
 SILENCE_SECONDS = 600
 """A running run that has written nothing for at least this long, and much longer than a step or a save took, is probably dead."""

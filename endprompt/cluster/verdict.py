@@ -7,11 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from endprompt.cluster.attempts import Attempt, checkpoint_step, failures_folder
+from endprompt.cluster.attempts import Attempt, failures_folder
 from endprompt.errors import EXIT_BAD_INPUT
+from endprompt.training.run_files import checkpoint_step
 
 FINISHED, REQUEUE, STOPPED, GIVE_UP = "finished", "requeue", "stopped", "give up"
-
 
 BY_SLURM = 3
 """Attempts that SLURM ended by itself, a death of a node or a preemption without a signal, are more often no fault of the run's:
@@ -73,6 +73,11 @@ def read_failures(run: Path, job: str, restart: int) -> list[RankFailure]:
     return sorted(found, key=lambda failure: failure.time)
 
 
+def is_finished(status: dict, steps: int) -> bool:
+    """Whether status.json says that all `steps` are done, export included; a recipe may have been given more steps since."""
+    return status.get("state") == "finished" and status.get("step") == steps
+
+
 def decide(
     run: Path, job: str, restart: int, attempts: list[Attempt], outcome: Outcome, status: dict, steps: int, limits: Limits
 ) -> Verdict:
@@ -83,8 +88,7 @@ def decide(
     """
     mine = [attempt for attempt in attempts if attempt.job == job and attempt.restart <= restart]
     attempt = mine[-1]
-    state = status.get("state")
-    if state == "finished" and status.get("step") == steps and outcome.exit_code == 0:
+    if is_finished(status, steps) and outcome.exit_code == 0:
         return Verdict(FINISHED, f"finished at step {steps}")
     if (run / "STOP").exists():
         return Verdict(STOPPED, f"{run}/STOP exists: the run stays stopped until it is removed")
@@ -94,7 +98,7 @@ def decide(
     bad_input = [failure for failure in failures if failure.exit_code == EXIT_BAD_INPUT]
     # SLURM kills the other ranks when the first one fails, so srun's own code says little.
     if bad_input or outcome.exit_code == EXIT_BAD_INPUT and not outcome.bad_nodes:
-        said = status.get("error") if state == "failed" else None
+        said = status.get("error") if status.get("state") == "failed" else None
         return Verdict(GIVE_UP, f"bad input, which no restart mends: {said or 'the error line in the log says what'}")
 
     reason, suspects = _reason(outcome, failures, attempt), tuple(outcome.bad_nodes)

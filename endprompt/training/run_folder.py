@@ -25,6 +25,7 @@ import yaml
 from endprompt.atomic import atomic_file, write_json
 from endprompt.errors import UserError, from_os_error
 from endprompt.recipe import Recipe
+from endprompt.training.run_files import read_status
 
 if TYPE_CHECKING:  # what a login node asks of a run folder shall not cost the import of torch
     from endprompt.training.world import World
@@ -95,13 +96,8 @@ class RunFolder:
             raise UserError(self.stop_file, "this run was told to stop and stays stopped", "remove the file to go on")
 
     def read_status(self) -> dict:
-        """The last status, {} for a new run."""
-        try:
-            return dict(json.loads(self._status.read_text()))
-        except FileNotFoundError:
-            return {}
-        except (ValueError, TypeError):
-            raise UserError(self._status, "holds no JSON object", "remove it; the checkpoints decide where the run goes on") from None
+        """The last status, {} for a new run. Raises UserError on a damaged one."""
+        return read_status(self.path)
 
     def write_status(self, **facts) -> None:
         """Merge `facts` into status.json."""

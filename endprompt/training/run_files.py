@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -52,26 +53,28 @@ def read_bytes(path: Path) -> bytes | None:
 
 def read_status(folder: Path) -> dict:
     """status.json, {} before the first start. Raises UserError on a damaged one."""
-    path = folder / "status.json"
-    text = read_bytes(path)
-    if text is None:
-        return {}
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError):
-        raise UserError(path, "holds no JSON object", "remove it; the checkpoints decide where the run goes on") from None
+    return _mapping(
+        folder / "status.json", json.loads, "holds no JSON object", "remove it; the checkpoints decide where the run goes on"
+    )  # fmt: skip
 
 
 def read_recipe(folder: Path) -> dict:
     """recipe.yaml as plain values, {} before the first start. Raises UserError on a damaged one."""
-    path = folder / "recipe.yaml"
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return _mapping(
+        folder / "recipe.yaml", lambda text: yaml.load(text, Loader=loader), "is not YAML with fields",
+        "the next start writes it again; until then remove it",
+    )  # fmt: skip
+
+
+def _mapping(path: Path, parse: Callable[[bytes], object], problem: str, fix: str) -> dict:
     text = read_bytes(path)
     if text is None:
         return {}
     try:
-        return dict(yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+        return dict(parse(text))
     except (yaml.YAMLError, ValueError, TypeError):
-        raise UserError(path, "is not YAML with fields", "the next start writes it again; until then remove it") from None
+        raise UserError(path, problem, fix) from None
 
 
 def read_lines(path: Path, needs: dict[str, type | tuple[type, ...]]) -> list[dict]:
@@ -118,14 +121,24 @@ def unix_time(stamp: object) -> float | None:
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint that a resume would take: the one that `latest` names, when it is whole."""
-    checkpoints = folder / "checkpoints"
-    name = (read_bytes(checkpoints / "latest") or b"").decode(errors="replace").strip()
-    written = modified(checkpoints / name / "state.json") if name else None
+    found = _named_by_pointer(folder)
+    written = modified(found[1] / "state.json") if found else None
+    return None if found is None or written is None else Checkpoint(found[0], written, *_size(found[1]))
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Step of the checkpoint that a resume would take, 0 where there is none."""
+    found = _named_by_pointer(folder)
+    return found[0] if found and modified(found[1] / "state.json") is not None else 0
+
+
+def _named_by_pointer(folder: Path) -> tuple[int, Path] | None:
+    """(step, folder) of what checkpoints/latest names."""
+    name = (read_bytes(folder / "checkpoints" / "latest") or b"").decode(errors="replace").strip()
     try:
-        step = int(name.removeprefix("step_"))
+        return int(name.removeprefix("step_")), folder / "checkpoints" / name
     except ValueError:
         return None
-    return None if written is None else Checkpoint(step, written, *_size(checkpoints / name))
 
 
 def _size(path: Path) -> tuple[int, bool]:
