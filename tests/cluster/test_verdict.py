@@ -70,10 +70,11 @@ def test_time_limits_that_bring_no_checkpoint_end(job):
     assert actions == ["requeue", "requeue", "give up"] and "raise --time" in verdict.reason
 
 
-def test_the_first_rank_to_fail_names_the_node(job):
+@pytest.mark.parametrize("order", [1, -1])  # files are listed in any order
+def test_the_first_rank_to_fail_names_the_node(job, order):
     job.start()
-    job.fail(1, "node02", 137, time=100.0)
-    job.fail(0, "node01", 1, time=100.4)
+    for rank, node, code, time in [(1, "node02", 137, 100.0), (0, "node01", 1, 100.4), (2, "node03", 1, 100.2)][::order]:
+        job.fail(rank, node, code, time)
     verdict = job.end(CRASH, state="running")
     assert (verdict.action, verdict.suspects, verdict.excluded) == ("requeue", ("node02",), ())
     assert "rank 1 on node02" in verdict.reason and "137" in verdict.reason
@@ -108,6 +109,14 @@ def test_another_job_on_the_run_starts_the_count_anew(job):
     assert again.end(CRASH, state="running").action == "requeue"
 
 
+def test_attempts_of_other_jobs_do_not_count(job):
+    """Four jobs, one after another, each mended by somebody in between: none has failed three times in a row."""
+    for number in "1234":
+        one = Job(job.run, number)
+        one.start()
+        assert one.end(CRASH, state="running").action == "requeue"
+
+
 def test_restarts_are_bounded(job):
     for step in range(1, 4):
         job.start()
@@ -137,6 +146,9 @@ def test_unfit_nodes_are_left_out(job):
     job.start()
     verdict = job.end(Outcome(2, trained=False, bad_nodes=("node02",)))
     assert (verdict.action, verdict.excluded) == ("requeue", ("node02",)) and "preflight found node02 unfit" in verdict.reason
+    job.start()
+    job.save(5)
+    assert job.end(Outcome(0, asked=True), state="interrupted").excluded == ("node02",), "and stay out"
 
 
 def test_finished_with_fewer_steps_is_not_finished(job):
