@@ -34,7 +34,7 @@ class UserError(Exception):
     exit_code = EXIT_BAD_INPUT
 
     def __reduce__(self):  # exceptions cross process pools by pickling, which would call __init__ with one argument
-        return type(self), (self.where, self.problem, self.fix)
+        return UserError, (self.where, self.problem, self.fix)
 
 
 class MachineError(UserError):
@@ -44,6 +44,9 @@ class MachineError(UserError):
     """
 
     exit_code = 1
+
+    def __reduce__(self):
+        return MachineError, (self.where, self.problem, self.fix)
 
 
 PASSING = {

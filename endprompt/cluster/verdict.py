@@ -52,7 +52,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class RankFailure:
+class FailedRank:
     """What slurm/lib/rank.sh wrote of a rank that ended badly."""
 
     time: float
@@ -61,13 +61,13 @@ class RankFailure:
     exit_code: int
 
 
-def read_failures(run: Path, job: str, restart: int) -> list[RankFailure]:
+def read_failures(run: Path, job: str, restart: int) -> list[FailedRank]:
     """Failures of the ranks of an attempt, the first one first. The others follow from it: their peer is gone."""
     found = []
     for file in failures_folder(run, job, restart).glob("rank-*.json"):
         try:
             facts = json.loads(file.read_text())
-            found.append(RankFailure(float(facts["time"]), str(facts["node"]), int(facts["rank"]), int(facts["exit_code"])))
+            found.append(FailedRank(float(facts["time"]), str(facts["node"]), int(facts["rank"]), int(facts["exit_code"])))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # torn by the node's death, which is what it would have told
     return sorted(found, key=lambda failure: failure.time)
@@ -129,7 +129,7 @@ def check_start(attempts: list[Attempt], limits: Limits) -> Verdict | None:
     )
 
 
-def _reason(outcome: Outcome, failures: list[RankFailure], attempt: Attempt) -> str:
+def _reason(outcome: Outcome, failures: list[FailedRank], attempt: Attempt) -> str:
     if outcome.hung:
         return f"hung: {outcome.hung}"
     if outcome.bad_nodes:
