@@ -4,8 +4,8 @@ For hidden states h_i, head W, next tokens y_i and weights w_i it returns the *s
 divides by the global sum of weights over micro-batches and data-parallel ranks (`global_weight_scale`), because a mean
 per micro-batch would weigh samples differently whenever their weights differ.
 
-Memory at vocabulary V, n tokens, chunk c: 4 c V bytes of fp32 logits and the gradient of W, instead of about 12 n V
-bytes. At V = 128256, n = 8192 the ordinary loss holds bf16 and fp32 logits and their gradients: (2 + 4 + 4 + 2) n V = 12.6 GB.
+Memory at vocabulary V, n tokens, chunk c: 4 c V bytes of fp32 logits (6 c V in bf16) and the gradient of W, instead of about
+12 n V bytes. At V = 128256, n = 8192 the ordinary loss holds bf16 and fp32 logits and their gradients: (2 + 4 + 4 + 2) n V = 12.6 GB.
 """
 
 from __future__ import annotations
@@ -66,24 +66,32 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # Chunks add up in fp32: a bf16 sum over many chunks would lose the small ones (8 bits of mantissa).
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
+        # One pair of buffers for all chunks: a CPU zeroes the pages of fresh ones each time, which costs as much as the softmax.
+        chunk = min(chunk, hidden.shape[0])
+        wide = torch.empty((chunk, weight.shape[0]), dtype=torch.float32, device=hidden.device)
+        narrow = wide if hidden.dtype == torch.float32 else torch.empty_like(wide, dtype=hidden.dtype)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             h, y, w = hidden[part], labels[part].unsqueeze(1), loss_weights[part].unsqueeze(1)
-            logits = (h @ weight.t()).float()
-            normaliser = logits.logsumexp(dim=1, keepdim=True)
-            total += ((normaliser - logits.gather(1, y)) * w).sum()
+            logits, product = wide[: len(h)], narrow[: len(h)]
+            torch.mm(h, weight.t(), out=product)
+            if narrow is not wide:
+                logits.copy_(product)
+            target, largest = logits.gather(1, y), logits.amax(dim=1, keepdim=True)
+            normaliser = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
+            total += ((largest + normaliser.log() - target) * w).sum()
             if not (wants_hidden or wants_weight):
                 continue
             # d(w * ce)/d(logits) = w * (softmax - onehot), built in place of the logits.
-            grad = logits.sub_(normaliser).exp_().mul_(w).scatter_add_(1, y, -w).to(hidden.dtype)
-            del logits
+            grad = logits.mul_(w / normaliser).scatter_add_(1, y, -w)
+            if narrow is not wide:
+                grad = product.copy_(grad)
             if wants_hidden:
                 torch.mm(grad, weight, out=grad_hidden[part])
             if wants_weight and hidden.dtype == torch.float32:
                 grad_weight.addmm_(grad.t(), h)
             elif wants_weight:
                 grad_weight += grad.t() @ h
-            del grad
         ctx.grads = (grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
