@@ -5,7 +5,8 @@
 
 Both run two ranks for a few steps, alternately, `--rounds` times; the first step of a run is warm-up and not counted.
 The model has SmolLM2-135M's layer shapes with fewer layers, random weights. Trainer trains on the same tokens with
-ordinary positions and its own loss (it knows no loss weights), so its work is the same or less.
+ordinary positions and its own loss (it knows no loss weights), so its work is the same or less. bf16 on a GPU; fp32 on a CPU,
+where many have no bf16 products and emulate them some thirty times slower, so that nothing else would be measured.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from endprompt.errors import run_command
 from endprompt.training.launch import launch
 
 RANKS = 2
+SHARED = ("layers", "length", "batch", "steps", "precision")
+"""Arguments that a rank of the Trainer's side needs too."""
 
 
 def main() -> None:
@@ -38,17 +41,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="samples a step")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where there is a GPU, else fp32")
     parser.add_argument("--trainer-rank", metavar="WORKSPACE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.precision = arguments.precision or ("bf16" if describe_machine()["gpus"] else "fp32")
     if arguments.trainer_rank:
         return trainer_rank(Path(arguments.trainer_rank), arguments)
     with tempfile.TemporaryDirectory() as workspace:
         seconds = measure(Path(workspace), arguments)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     result = {
-        "what": "seconds a training step, two ranks, ZeRO-3, bf16, activation checkpointing",
+        "what": f"seconds a training step, two ranks, ZeRO-3, {arguments.precision}, activation checkpointing",
         "machine": describe_machine(),
-        "settings": {"layers": arguments.layers, "length": arguments.length, "batch": arguments.batch, "rounds": arguments.rounds},
+        "settings": {name: getattr(arguments, name) for name in (*SHARED, "rounds")},
         "seconds": {name: [round(t, 3) for t in times] for name, times in seconds.items()},
         "median_seconds": {name: round(t, 3) for name, t in medians.items()},
         "speed_ratio": round(medians["trainer"] / medians["ds_train"], 3),
@@ -74,7 +79,7 @@ def measure(workspace: Path, arguments: argparse.Namespace) -> dict[str, list[fl
         assert launch(RANKS, command) == 0, "ds_train.py failed"
         steps = [json.loads(line)["step_seconds"] for line in (run / "log.jsonl").read_text().splitlines()]
         seconds["ds_train"] += steps[1:]
-        own = [f"--{name}={getattr(arguments, name)}" for name in ("layers", "length", "batch", "steps")]
+        own = [f"--{name}={getattr(arguments, name)}" for name in SHARED]
         assert launch(RANKS, [sys.executable, __file__, f"--trainer-rank={workspace}", *own]) == 0, "Trainer failed"
         seconds["trainer"] += json.loads((workspace / "trainer.json").read_text())[1:]
     return seconds
@@ -109,7 +114,7 @@ def make_inputs(workspace: Path, arguments: argparse.Namespace) -> None:
             "micro_batch_size": arguments.batch // RANKS // 2,
             "learning_rate": 1e-5,
             "warmup_steps": 0,
-            "precision": "bf16",
+            "precision": arguments.precision,
         },  # fmt: skip
         "deepspeed": {"config": str(ROOT / "deepspeed_configs/zero3.json")},
         "output": {"directory": "replaced", "save_interval": 1000},
@@ -131,14 +136,17 @@ def trainer_rank(workspace: Path, arguments: argparse.Namespace) -> None:
     settings |= {
         name: "auto" for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     }
-    settings |= {"bf16": {"enabled": True}, "steps_per_print": 10**9}
+    bf16 = arguments.precision == "bf16"
+    settings |= {"bf16": {"enabled": bf16}, "steps_per_print": 10**9}
     training = TrainingArguments(
         output_dir=str(workspace / "trainer"), max_steps=arguments.steps, per_device_train_batch_size=arguments.batch // RANKS // 2,
-        gradient_accumulation_steps=2, learning_rate=1e-5, lr_scheduler_type="constant", optim="adamw_torch_fused", bf16=True,
+        gradient_accumulation_steps=2, learning_rate=1e-5, lr_scheduler_type="constant", optim="adamw_torch_fused", bf16=bf16,
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, max_grad_norm=1.0, deepspeed=settings,
         save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(), seed=0,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(workspace / "model", dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        workspace / "model", dtype=torch.bfloat16 if bf16 else torch.float32, attn_implementation="sdpa"
+    )
     text = open_indexed(workspace / "corpus")
     rows = [torch.from_numpy(text.read(i * arguments.length, arguments.length)) for i in range(arguments.batch * arguments.steps)]
 
