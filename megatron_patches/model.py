@@ -59,11 +59,11 @@ def transformer_config(recipe: Recipe, architecture: Architecture, layout: Layou
     """Megatron's configuration of the model and its parallel layout. config: the checkpoint's config.json."""
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     on_gpu = _on_gpu()
-    recompute = {}
-    if recipe.training.activation_checkpointing:
-        recompute = {"recompute_granularity": recipe.megatron.recompute}
-        if recipe.megatron.recompute == "full":
-            recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    recompute = {
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        "selective": {"recompute_granularity": "selective"},
+        "none": {},
+    }[recipe.megatron_recompute]
     return TransformerConfig(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden_size,

@@ -128,13 +128,12 @@ def _megatron(recipe: Recipe, cluster: Cluster, architecture: Architecture) -> P
             f"{layout.tensor} reaches beyond the {cluster.gpus_per_node} GPUs of a node",
             f"set it to at most {cluster.gpus_per_node}",
         )
-    recompute = m.recompute if training.activation_checkpointing else "none"
     memory = megatron_memory(
         architecture, length, training.micro_batch_size, cluster, layout,
-        recompute=recompute, distributed_optimizer=m.distributed_optimizer, precision=training.precision,
+        recompute=recipe.megatron_recompute, distributed_optimizer=m.distributed_optimizer, precision=training.precision,
     )  # fmt: skip
     seconds = megatron_seconds(
-        architecture, length, training.micro_batch_size, layout.micro_steps, recompute, cluster,
+        architecture, length, training.micro_batch_size, layout.micro_steps, recipe.megatron_recompute, cluster,
         tensor=layout.tensor, pipeline=layout.pipeline, virtual=layout.virtual, context=layout.context, data=layout.data,
         distributed_optimizer=m.distributed_optimizer, overlap=m.overlap,
     )  # fmt: skip

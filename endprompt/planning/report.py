@@ -53,7 +53,7 @@ def as_dict(found: Comparison, price: float | None = None, proposals: list[Propo
             "physical_length": recipe.target_length,
             "flops_per_token": found.full_flops_per_token,
             "layout": full.layout_words if full else None,
-            "recompute": full.recipe.megatron.recompute if full and full.layout else None,
+            "recompute": full.recipe.megatron_recompute if full and full.layout else None,
             "memory_gb_per_gpu": round(full.memory.total_gb, 2) if full else None,
             "step_seconds": round(full.step_seconds, 3) if full else None,
             "gpu_hours": round(full.gpu_hours, 1) if full else None,
@@ -96,7 +96,7 @@ def _lines(rows: list[tuple[str, str]]) -> str:
 
 def _head(plan: Plan) -> str:
     recipe, training, positions = plan.recipe, plan.recipe.training, plan.recipe.positions
-    settings = recipe.megatron.recompute + " recomputation" if plan.layout else recipe.deepspeed.config
+    settings = recipe.megatron_recompute.replace("none", "no") + " recomputation" if plan.layout else recipe.deepspeed.config
     ranks = plan.layout.data if plan.layout else plan.cluster.gpus
     return _lines(
         [

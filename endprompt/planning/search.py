@@ -118,7 +118,7 @@ def _candidates(recipe: Recipe, engine: Engine, cluster: Cluster, micro_batches:
                 per_stage = layers // pipeline
                 chunks = [v for v in range(1, per_stage + 1) if per_stage % v == 0] if pipeline > 1 else [1]
                 for virtual in chunks:
-                    for recompute in ("selective", "full"):
+                    for recompute in ("none", "full"):  # selective takes longer than none and saves nothing (megatron_memory)
                         for size in micro:
                             yield {
                                 "megatron.tensor_parallel": tensor,

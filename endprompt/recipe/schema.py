@@ -205,8 +205,10 @@ class Megatron(Section):
     virtual_pipeline: PositiveInt = Field(1, description="VPP: chunks of layers a stage holds, interleaved; needs pipeline_parallel > 1")
     context_parallel: PositiveInt = Field(1, description="CP: cuts every sequence into 2 x CP chunks, dealt out zig-zag")
     sequence_parallel: bool = Field(True, description="SP: norms and dropout on a share of the tokens; counts where tensor_parallel > 1")
-    recompute: Literal["full", "selective"] = Field(
-        "full", description="what training.activation_checkpointing recomputes: whole layers, or the attention core only"
+    recompute: Literal["full", "selective", "none"] = Field(
+        "full",
+        description="what training.activation_checkpointing recomputes under Megatron-Core: whole layers, the attention core (which saves "
+        "memory only where attention keeps its scores: neither flash attention nor scaled_dot_product_attention does), or nothing",
     )
     distributed_optimizer: bool = Field(True, description="optimizer states cut over data-parallel ranks (ZeRO-1)")
     overlap: bool = Field(True, description="reduce gradients and gather parameters while computing (with distributed_optimizer)")
@@ -255,6 +257,11 @@ class Recipe(Section):
 
         check_lengths(self)
         return self
+
+    @property
+    def megatron_recompute(self) -> Literal["full", "selective", "none"]:
+        """What the Megatron-Core engine recomputes."""
+        return self.megatron.recompute if self.training.activation_checkpointing else "none"
 
     @property
     def rope_factor(self) -> float:

@@ -32,6 +32,7 @@ LAYOUTS = {
     "tp2_pp2_dp2": (8, {"tensor_parallel": 2, "pipeline_parallel": 2}),
     "tp2_cp2_pp2": (8, {"tensor_parallel": 2, "context_parallel": 2, "pipeline_parallel": 2}),
     "selective": (2, {"tensor_parallel": 2, "recompute": "selective"}),
+    "nothing_recomputed": (2, {"tensor_parallel": 2, "recompute": "none"}),
 }
 TIED = {"tied_one": (1, {}), "tied_tp2": (2, {"tensor_parallel": 2}), "tied_pp2": (2, {"pipeline_parallel": 2})}
 PROMPTED = {
