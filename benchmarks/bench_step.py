@@ -5,8 +5,8 @@
 
 Both run two ranks for a few steps, alternately, `--rounds` times; the first step of a run is warm-up and not counted.
 The model has SmolLM2-135M's layer shapes with fewer layers, random weights. Trainer trains on the same tokens with
-ordinary positions and its own loss (it knows no loss weights), so its work is the same or less. bf16 on a GPU; fp32 on a CPU,
-where many have no bf16 products and emulate them some thirty times slower, so that nothing else would be measured.
+ordinary positions and its own loss (it knows no loss weights), so its work is the same or less. bf16, or fp32 on a CPU
+that has no bf16 products: torch then multiplies number by number, and nothing else would be measured.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.machine import describe_machine
 from endprompt.atomic import write_json
 from endprompt.errors import run_command
+from endprompt.training.hardware import fast_precision
 from endprompt.training.launch import launch
 
 RANKS = 2
@@ -41,10 +42,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="samples a step")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where there is a GPU, else fp32")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where it is fast")
     parser.add_argument("--trainer-rank", metavar="WORKSPACE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.precision = arguments.precision or ("bf16" if describe_machine()["gpus"] else "fp32")
+    arguments.precision = arguments.precision or fast_precision()
     if arguments.trainer_rank:
         return trainer_rank(Path(arguments.trainer_rank), arguments)
     with tempfile.TemporaryDirectory() as workspace:

@@ -47,8 +47,13 @@ def main() -> None:
     prefix = recipe.data.train[0].path
     tool("prepare_data", "--input", *training_texts, "--tokenizer", recipe.model.path, "--output", prefix, "--workers", "2")
     stage(3, "write the same interpolation without training, for comparison", "seconds")
-    from endprompt.zero3.export import ensure_untrained  # imports torch: not before the fetching has begun
+    from endprompt.training.hardware import fast_precision  # imports torch: not before the fetching has begun
+    from endprompt.zero3.export import ensure_untrained
 
+    precision = fast_precision()
+    if precision != recipe.training.precision:
+        print(f"this CPU multiplies no {recipe.training.precision}: training and evaluation run in {precision} (training.precision={precision})")
+        here.append(f"training.precision={precision}")
     untrained = output / "untrained"
     ensure_untrained(recipe, untrained)
     stage(4, f"train {recipe.steps} steps of {recipe.tokens_per_step} tokens and export", "8 minutes on 2 cores, seconds on a GPU")
@@ -62,6 +67,7 @@ def main() -> None:
     tool(
         "evaluate", *(word for model in models for word in ("--model", model)), "--tasks", "distance,perplexity", "--cases", "24",
         "--length", "12288", "--windows", "1", "--bucket", "2048", "--text", texts[held_out], "--output", str(output / "evaluation"),
+        "--dtype", precision,
     )  # fmt: skip
     print(f"\ntrained checkpoint: {trained}\nfinished in {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
 
