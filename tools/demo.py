@@ -52,7 +52,8 @@ def main() -> None:
 
     precision = fast_precision()
     if precision != recipe.training.precision:
-        print(f"this CPU multiplies no {recipe.training.precision}: training and evaluation run in {precision} (training.precision={precision})")
+        slow = recipe.training.precision
+        print(f"this CPU multiplies no {slow}: training and evaluation run in {precision} (training.precision={precision})", flush=True)
         here.append(f"training.precision={precision}")
     untrained = output / "untrained"
     ensure_untrained(recipe, untrained)
