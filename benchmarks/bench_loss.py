@@ -3,8 +3,8 @@
 
     python benchmarks/bench_loss.py --output benchmarks/results/loss.json
 
-Llama-3's vocabulary (128256), 8192 tokens, bf16, hidden size 64 so that logits and not hidden states are measured. Each
-side runs in a process of its own; memory is the growth of its peak resident set.
+Llama-3's vocabulary (128256), 8192 tokens, hidden size 64 so that logits and not hidden states are measured; bf16, or fp32 on a CPU
+that has no bf16 products. Each side runs in a process of its own; memory is the growth of its peak resident set.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def main() -> None:
         return
     from benchmarks.machine import describe_machine
     from endprompt.atomic import write_json
+    from endprompt.training.hardware import fast_precision
 
     sides = {side: measure(side) for side in ("ours", "ordinary")}
     result = {
-        "what": f"weighted loss, {TOKENS} tokens, vocabulary {VOCABULARY}, bf16, forward and backward",
+        "what": f"weighted loss, {TOKENS} tokens, vocabulary {VOCABULARY}, {fast_precision()}, forward and backward",
         "machine": describe_machine(),
         **sides,
         "memory_ratio": round(sides["ours"]["peak_mb"] / sides["ordinary"]["peak_mb"], 3),
@@ -59,15 +60,17 @@ def run_side(side: str) -> dict[str, float]:
     import torch
 
     from endprompt.loss import weighted_next_token_loss
+    from endprompt.training.hardware import fast_precision
 
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[fast_precision()]
     torch.set_num_threads(2)
-    hidden = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
-    weight = (torch.randn(VOCABULARY, HIDDEN) * 0.1).bfloat16().requires_grad_()
+    hidden = torch.randn(TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(VOCABULARY, HIDDEN) * 0.1).to(dtype).requires_grad_()
     labels = torch.randint(0, VOCABULARY, (TOKENS,))
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     if side == "ours":
         weighted_next_token_loss(hidden, weight, labels, torch.ones(TOKENS)).backward()
-    else:  # transformers' ForCausalLMLoss: bf16 logits, upcast to fp32, cross-entropy
+    else:  # transformers' ForCausalLMLoss: logits, upcast to fp32, cross-entropy
         torch.nn.functional.cross_entropy((hidden @ weight.t()).float(), labels).backward()
     seconds = time.monotonic() - started
     return {"peak_mb": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1), "seconds": round(seconds, 2)}
