@@ -50,11 +50,11 @@ def main() -> None:
     from endprompt.training.hardware import fast_precision  # imports torch: not before the fetching has begun
     from endprompt.zero3.export import ensure_untrained
 
-    precision = fast_precision()
-    if precision != recipe.training.precision:
-        slow = recipe.training.precision
-        print(f"this CPU multiplies no {slow}: training and evaluation run in {precision} (training.precision={precision})", flush=True)
-        here.append(f"training.precision={precision}")
+    precision = recipe.training.precision
+    if precision == "bf16" and fast_precision() == "fp32":
+        precision = "fp32"
+        print("this CPU multiplies no bf16: training and evaluation run in fp32 (training.precision=fp32)", flush=True)
+        here.append("training.precision=fp32")
     untrained = output / "untrained"
     ensure_untrained(recipe, untrained)
     stage(4, f"train {recipe.steps} steps of {recipe.tokens_per_step} tokens and export", "8 minutes on 2 cores, seconds on a GPU")

@@ -109,6 +109,8 @@ def _candidates(recipe: Recipe, engine: Engine, cluster: Cluster, micro_batches:
                 yield {"training.micro_batch_size": size, "deepspeed.config": config}
         return
     layers = architecture_of(recipe).layers
+    # selective takes longer than none and saves nothing (megatron_memory)
+    recomputations = ("none", "full") if recipe.training.activation_checkpointing else (recipe.megatron.recompute,)
     stages = [p for p in range(1, min(layers, cluster.gpus) + 1) if layers % p == 0]
     for tensor in _powers(cluster.gpus_per_node):
         for context in _powers(cluster.gpus // tensor):
@@ -118,7 +120,7 @@ def _candidates(recipe: Recipe, engine: Engine, cluster: Cluster, micro_batches:
                 per_stage = layers // pipeline
                 chunks = [v for v in range(1, per_stage + 1) if per_stage % v == 0] if pipeline > 1 else [1]
                 for virtual in chunks:
-                    for recompute in ("none", "full"):  # selective takes longer than none and saves nothing (megatron_memory)
+                    for recompute in recomputations:
                         for size in micro:
                             yield {
                                 "megatron.tensor_parallel": tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -248,3 +249,11 @@ def test_a_fingerprint_outlives_the_process():
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         printed = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=True)
         assert printed.stdout.strip() == make_recipe().fingerprint()
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective", "none"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_megatron_recomputes_nothing_where_nothing_is_checkpointed(recompute, checkpointing):
+    settings = [f"megatron.recompute={recompute}", f"training.activation_checkpointing={str(checkpointing).lower()}"]
+    recipe = load_recipe(Path(__file__).resolve().parents[2] / "recipes/llama3_8b_64k.yaml", settings)
+    assert recipe.megatron_recompute == (recompute if checkpointing else "none")
