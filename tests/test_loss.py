@@ -102,3 +102,14 @@ def test_peak_memory_is_at_most_a_quarter_of_the_ordinary_loss():
     peak = {side: measure(side)["peak_mb"] for side in ("ours", "ordinary")}
     assert peak["ordinary"] > 8000, f"the yardstick itself is off: {peak}"
     assert peak["ours"] <= peak["ordinary"] / 4, peak
+
+
+def test_logits_beyond_the_range_of_exp_give_finite_losses_and_gradients():
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 8).mul_(20).requires_grad_() for n in (6, 50))  # logits of some +-1000; exp overflows at 89
+    labels = torch.randint(0, 50, (6,))
+    weighted_next_token_loss(hidden, weight, labels, torch.ones(6), chunk_tokens=4).backward()
+    found = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="sum").backward()
+    torch.testing.assert_close(found, (hidden.grad, weight.grad))
