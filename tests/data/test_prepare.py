@@ -190,14 +190,15 @@ def test_finished_parts_are_kept_and_those_of_another_job_refused(corpus, tokeni
     assert len(list(parts.glob("part-*.json"))) >= 5  # all but the bad one, the last of the shards by size
     with pytest.raises(UserError, match=r"data\.parts: holds parts of another job \(differs in add_bos\); remove it or give --overwrite"):
         prepare(job_for(folder, tokenizer_folder, add_bos=True), workers=1)
-    # The same job keeps them: a part that we change by hand shows in the result.
-    marker = json.loads((parts / "part-000000.json").read_text())
-    part = parts / "part-000000.bin"
+    # The same job keeps them: a part that we change by hand shows in the result. The second part, a whole shard, came before the
+    # bad file; the first, of two small files, comes after it.
+    marker = json.loads((parts / "part-000001.json").read_text())
+    part = parts / "part-000001.bin"
     part.write_bytes(np.full(marker["tokens"], 3, np.uint16).tobytes() + part.read_bytes()[2 * marker["tokens"] :])
     mend_unseen(bad)
     prepare(job, workers=1)
     found = documents_of(job.output)
-    assert set(found[0]) == {3} and found[-1] == by_hand(texts, tokenizer_folder)[-1]
+    assert set(found[2]) == {3} and [found[0], found[1], found[-1]] == [by_hand(texts, tokenizer_folder)[i] for i in (0, 1, -1)]
 
 
 def test_overwrite_discards_parts_of_another_job(corpus, tokenizer_folder, small_shards):
