@@ -12,17 +12,18 @@ from functools import cache
 import numpy as np
 
 from endprompt.planning.cluster import Cluster
-from endprompt.planning.published import CALIBRATION, HELD_OUT, Row, rows
+from endprompt.planning.published import CALIBRATION, CARDS, HELD_OUT, Row, rows
 from endprompt.planning.speed import Efficiencies, Seconds, megatron_seconds, zero3_seconds
 
 _UNKNOWNS = {
-    "zero3": ("bf16", "triton", "communication"),
+    "fsdp": ("bf16", "bf16 at 500 W", "communication"),
+    "mpt": ("bf16", "triton", "communication"),
     "megatron": ("bf16", "fp8", "flash"),
 }
-"""What each family's calibration rows determine. ZeRO-3's used FlashAttention 1; ds_train.py's kernel is among Megatron's."""
+"""What each family's calibration rows determine. None of FSDP's is long enough for attention: its kernel is among Megatron's."""
 
-OURS = {"deepspeed": ("zero3", "bf16", "flash"), "megatron": ("megatron", "bf16", "flash")}
-"""Family, precision and attention kernel of this repository's engines."""
+OURS = {"deepspeed": ("fsdp", "bf16", "flash"), "megatron": ("megatron", "bf16", "flash")}
+"""Family, rate of matrix products and attention kernel of this repository's engines."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def checked(split: str | None = None) -> tuple[Checked, ...]:
     found = []
     for row in rows():
         if split in (None, row.split):
-            seconds = _seconds(row).total(_efficiencies(row.family, row.precision, row.attention))
+            seconds = _seconds(row).total(_efficiencies(row.family, row.rate, row.attention))
             found.append(Checked(row, row.global_batch * row.length / row.gpus / seconds))
     return tuple(found)
 
@@ -86,29 +87,35 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def _efficiencies(family: str, precision: str, attention: str) -> Efficiencies:
-    values = {**fitted()["megatron"], **fitted()[family]}  # what a family's own rows leave open comes from Megatron's
-    return Efficiencies(1 / values[precision], 1 / values[attention], values.get("communication", 1.0))
+def _efficiencies(family: str, rate: str, attention: str) -> Efficiencies:
+    values, stock = fitted()[family], fitted()["megatron"]  # what a family's own rows leave open comes from Megatron's
+    if rate in values:
+        gemm = values[rate]
+    else:  # fp8 is faster than bf16 on the same card by Megatron's ratio
+        gemm = values[rate.replace("fp8", "bf16")] * stock["fp8"] / stock["bf16"]
+    return Efficiencies(1 / gemm, 1 / values.get(attention, stock["flash"]), values.get("communication", 1.0))
 
 
 def _fit(family: str) -> dict[str, float]:
     unknowns, lines, targets = _UNKNOWNS[family], [], []
+    known = {} if "flash" in unknowns else {"flash": _fit("megatron")["flash"]}
     for row in rows():
         if row.family == family and row.split == CALIBRATION:
             seconds, published = _seconds(row), row.global_batch * row.length / (row.gpus * row.tokens_per_second_per_gpu)
-            coefficients = {row.precision: seconds.gemm, row.attention: seconds.attention, "communication": seconds.communication}
+            coefficients = {row.rate: seconds.gemm, row.attention: seconds.attention, "communication": seconds.communication}
             lines.append([coefficients.get(name, 0.0) / published for name in unknowns])
-            targets.append(1 - seconds.fixed / published)
+            given = seconds.fixed + sum(value * coefficients.get(name, 0.0) for name, value in known.items())
+            targets.append(1 - given / published)
     solution, *_ = np.linalg.lstsq(np.array(lines), np.array(targets), rcond=None)
     return dict(zip(unknowns, solution.tolist(), strict=True))
 
 
 def _seconds(row: Row) -> Seconds:
     per_node = min(8, row.gpus)
-    cluster = Cluster(row.gpus // per_node, per_node)
+    cluster = Cluster(row.gpus // per_node, per_node, network=row.network / 8 * 1e9, hbm=CARDS[row.card].hbm)
     arguments = (row.architecture, row.length, row.micro_batch, row.micro_steps, row.recompute, cluster)
-    if row.family == "zero3":
-        return zero3_seconds(*arguments, context=row.context)
+    if row.family != "megatron":
+        return zero3_seconds(*arguments, layers=row.layers, sharded=row.sharded, context=row.context)
     data = row.gpus // (row.tensor * row.pipeline * row.context)
     layout = {"tensor": row.tensor, "pipeline": row.pipeline, "virtual": row.virtual, "context": row.context, "data": data}
     return megatron_seconds(*arguments, **layout, tensor_overlap=True)  # NeMo's recipes overlap tensor-parallel messages

@@ -2,7 +2,11 @@
 
 Each row names its source and its split. The split was fixed before the first fit: of every family a few sizes and lengths
 calibrate, all others are held out. Rows are never moved afterwards, and nothing is tuned on held-out rows; torchtitan's rows with
-context parallelism came in after the fit, as held out. Step times and TFLOPS are turned into tokens/s of a GPU: the batch over
+context parallelism came in after the fit, as held out. When LLaMA layers got a family of their own, fms-fsdp's rows were named as
+its calibration beforehand, and one row of a 500 W card that is not in torchtitan's tables as that of the card. A row is taken
+where its source states every field: left out are those with an unknown share of recomputed blocks (fms-fsdp with torch.compile),
+batch or card. Of the last, torchao's tables would be predicted too fast even at 500 W: 8B at 8K (6,150 tokens/s) by 11 %, at 4K
+(float8nocompile, 4,502 to 5,339 tokens/s) by 21 to 30 %. Step times and TFLOPS are turned into tokens/s of a GPU: the batch over
 the time, and TFLOPS over the FLOPs a token by the source's own formula, which counts the full square of attention in NeMo 24.03.
 That table leaves out its batch; 4,194,304 tokens a step are assumed, as in NVIDIA's later table of the same series.
 """
@@ -22,12 +26,23 @@ CALIBRATION, HELD_OUT = "calibration", "held_out"
 
 
 @dataclass(frozen=True)
+class Card:
+    """hbm: bytes/s of its memory. All have the same multiprocessors; at 500 W they run slower."""
+
+    hbm: float
+    watts: int
+
+
+CARDS = {"h100": Card(3.35e12, 700), "h100_500w": Card(2.4e12, 500), "h200": Card(4.8e12, 700)}
+
+
+@dataclass(frozen=True)
 class Row:
     """One published measurement. length and batches as in a recipe; throughput in tokens/s of one GPU."""
 
     id: str
     split: str
-    family: str  # zero3 (PyTorch FSDP and ZeRO-3) or megatron (Megatron-Core with Transformer Engine)
+    family: str  # fsdp (PyTorch FSDP, LLaMA layers, FlashAttention 2), mpt (the same of 2023, FlashAttention 1) or megatron
     precision: str
     architecture: Architecture
     length: int
@@ -38,11 +53,20 @@ class Row:
     pipeline: int
     virtual: int
     context: int
+    sharded: int  # GPUs that hold one copy of weights and states between them; all of them, or those of a node
+    card: str
+    network: float  # Gb/s of one GPU between nodes
+    layers: str  # how elementwise operations are run: eager, compiled, mpt, or fused (not counted)
     recompute: str  # none, half (every second matrix product) or full
     attention: str  # the kernel: triton (FlashAttention 1) or flash (FlashAttention 2, cuDNN)
     tokens_per_second_per_gpu: float
     published_as: str
     source: str
+
+    @property
+    def rate(self) -> str:
+        """What an efficiency of matrix products is fitted for: a precision on a card."""
+        return self.precision if CARDS[self.card].watts == 700 else f"{self.precision} at {CARDS[self.card].watts} W"
 
     @property
     def micro_steps(self) -> int:
@@ -63,6 +87,8 @@ _PEERS = {
         _mpt("mpt_13b", 40, 5120, 40),
         _mpt("mpt_30b", 48, 7168, 56),
         _mpt("mpt_70b", 80, 8192, 64),
+        # foundation-model-stack/fms-fsdp fms_fsdp/utils/config_utils.py
+        Architecture("fms_34b", 48, 8192, 22016, 64, 8, 128, 32000, 4096, _ROPE),
         Architecture("llama31_405b", 126, 16384, 53248, 128, 8, 128, 128256, 131072, _ROPE),
         # NVIDIA's proxy of it for 32 GPUs: the same layers, but seven of them.
         Architecture("llama31_405b_7_layers", 7, 16384, 53248, 128, 8, 128, 128256, 131072, _ROPE),
@@ -77,13 +103,14 @@ def rows() -> tuple[Row, ...]:
 
 
 def _row(raw: dict[str, str]) -> Row:
-    numbers = ("length", "gpus", "micro_batch", "global_batch", "tensor", "pipeline", "virtual", "context")
+    numbers = ("length", "gpus", "micro_batch", "global_batch", "tensor", "pipeline", "virtual", "context", "sharded")
     name = raw["architecture"]
     return Row(
         **{
             **raw,
             **{field: int(raw[field]) for field in numbers},
             "architecture": _PEERS.get(name) or get_architecture(name),
+            "network": float(raw["network"]),
             "tokens_per_second_per_gpu": float(raw["tokens_per_second_per_gpu"]),
         }
     )

@@ -1,7 +1,8 @@
 """Where the seconds of an optimizer step go, as a sum that is linear in a few efficiencies (`Efficiencies`).
 
 Arithmetic is counted at the GPU's peak: matrix products and attention apart, because a kernel of attention reaches a third of
-the peak and a large matrix product 60 %. Elementwise work is not counted; calibration puts it into the efficiencies.
+the peak and a large matrix product 60 %. Elementwise work is counted under ZeRO-3, where layers are PyTorch's own (`elementwise`);
+of Transformer Engine's fused layers calibration puts it into Megatron's efficiencies.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 from endprompt.models.architectures import Architecture, forward_flops_per_token
 from endprompt.planning.cluster import Cluster
+from endprompt.planning.elementwise import elementwise_seconds
 
 RECOMPUTE = {"none": (0.0, 0.0), "half": (0.5, 0.0), "selective": (0.0, 1.0), "full": (1.0, 1.0)}
 """Further forward passes of the layers' matrix products, and of attention, that the backward pass makes."""
@@ -65,20 +67,26 @@ def zero3_seconds(
     *,
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
+    layers: str = "eager",
+    sharded: int | None = None,
     context: int = 1,
 ) -> Seconds:
     """ZeRO-3 over all GPUs. A backward pass costs twice the forward, attention's 2.5 times (it recomputes its scores).
 
-    A micro-step gathers the bf16 weights twice and scatters bf16 gradients once: 3 x 2 B a parameter. context: GPUs that share
-    a sample, in published rows only; ds_train.py does not cut samples.
+    A micro-step gathers the bf16 weights twice and scatters bf16 gradients once: 3 x 2 B a parameter. layers: how their elementwise
+    operations are run; ds_train.py's are eager. In published rows only: sharded, the GPUs of a node that hold one copy of the
+    states (gradients are then also reduced between nodes), and context, the GPUs that share a sample.
     """
     products, attention, head = layer_flops(architecture, length)
     more_products, more_attention = RECOMPUTE[recompute]
     tokens = micro_batch * micro_steps * length / context
     size = 2 * architecture.parameters
     per_node = min(cluster.gpus_per_node, cluster.gpus)
-    gather = 3 * cluster.collective_seconds(size, cluster.gpus, per_node) * micro_steps
-    share = architecture.parameters / cluster.gpus
+    ranks = sharded or cluster.gpus
+    gather = 3 * cluster.collective_seconds(size, ranks, per_node)
+    if ranks < cluster.gpus:  # an all-reduce of each GPU's share by its own network card
+        gather += 2 * cluster.collective_seconds(size / ranks, cluster.gpus // ranks, 1)
+    share = architecture.parameters / ranks
     update = UPDATE_BYTES * share / (0.7 * cluster.hbm)
     if offload_optimizer or offload_parameters:  # fp32 gradients down, bf16 weights up, AdamW at the host's pace
         update = (4 + 2) * share / cluster.pcie + UPDATE_BYTES * share / cluster.host_update
@@ -87,8 +95,8 @@ def zero3_seconds(
     return Seconds(
         gemm=tokens * (architecture.layers * products * (3 + more_products) + 3 * head) / cluster.peak_flops,
         attention=tokens * architecture.layers * attention * (3.5 + more_attention) / cluster.peak_flops,
-        communication=gather,
-        fixed=update,
+        communication=gather * micro_steps,
+        fixed=update + elementwise_seconds(architecture, tokens, layers, recomputed=recompute != "none", hbm=cluster.hbm),
     )
 
 

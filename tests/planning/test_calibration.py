@@ -10,7 +10,7 @@ from endprompt.models.architectures import get_architecture
 from endprompt.planning import calibration, published
 from endprompt.planning.calibration import checked, efficiencies, errors, fitted
 from endprompt.planning.cluster import Cluster
-from endprompt.planning.published import CALIBRATION, HELD_OUT, rows
+from endprompt.planning.published import CALIBRATION, CARDS, HELD_OUT, rows
 from endprompt.planning.speed import Efficiencies, layer_flops, megatron_seconds
 
 
@@ -20,7 +20,7 @@ def with_rows(monkeypatch):
 
     def put(changed):
         monkeypatch.setattr(calibration, "rows", lambda: changed)
-        return calibration._fit("megatron"), calibration._fit("zero3")
+        return tuple(calibration._fit(family) for family in ("megatron", "fsdp", "mpt"))
 
     return put
 
@@ -33,18 +33,31 @@ def test_megatron_is_within_15_percent_on_every_row_held_out():
     assert {4096, 8192, 65536, 131072, 1048576} <= lengths  # far beyond what it was calibrated on
 
 
-def test_zero3_is_within_15_percent_on_its_own_kind_of_rows_and_not_on_torchtitans():
-    """The truth, pinned: cards of 500 W, compiled and uncompiled, are overestimated by up to 71 %."""
-    found = [check for check in checked(HELD_OUT) if check.row.family == "zero3"]
-    foundry = [abs(check.error) for check in found if check.row.id.startswith("foundry")]
-    torchtitan = [check.error for check in found if check.row.id.startswith("torchtitan")]
-    assert len(foundry) == 18 and sum(error <= 0.15 for error in foundry) == 16 and max(foundry) < 0.21
-    assert len(torchtitan) == 8 and min(torchtitan) > 0.2 and max(torchtitan) < 0.72
-    assert errors(HELD_OUT, "zero3")["within_15_percent"] == 16
+def test_fsdp_of_llama_is_within_15_percent_in_bf16_and_not_under_pytorchs_context_parallelism():
+    """The truth, pinned. ds_train.py runs neither fp8 nor that; no row calibrates either."""
+    found = [check for check in checked(HELD_OUT) if check.row.family == "fsdp"]
+    bf16 = [check for check in found if check.row.precision == "bf16"]
+    assert len(bf16) == 10 and all(abs(check.error) < 0.135 for check in bf16)
+    assert {check.row.layers for check in bf16} == {"eager", "compiled"} and {check.row.card for check in bf16} == set(CARDS)
+    fp8 = [check.error for check in found if check.row.precision == "fp8"]
+    assert len(fp8) == 4 and min(fp8) > 0.14 and max(fp8) < 0.68
+    assert errors(HELD_OUT, "fsdp")["within_15_percent"] == 11
+
+
+def test_mpt_is_within_15_percent_but_for_one_row():
+    """30B at 8K takes 30 % more time a token than at 4K by its table: arithmetic is 16 % more, and messages are half."""
+    found = [check for check in checked(HELD_OUT) if check.row.family == "mpt"]
+    assert len(found) == 18 and [check.row.id for check in found if abs(check.error) > 0.15] == ["foundry_30b_8192_8"]
+    assert errors(HELD_OUT, "mpt")["worst"] < 0.22
+
+
+def test_both_families_of_fsdp_find_the_same_efficiency_of_matrix_products():
+    """They share no row; if elementwise work were not counted apart, LLaMA's would be lower."""
+    assert fitted()["fsdp"]["bf16"] == pytest.approx(fitted()["mpt"]["bf16"], rel=0.03)
 
 
 def test_no_held_out_row_reaches_the_fit_and_every_calibration_row_does(with_rows):
-    before = (fitted()["megatron"], fitted()["zero3"])
+    before = (fitted()["megatron"], fitted()["fsdp"], fitted()["mpt"])
     for row in rows():
         faster = dataclasses.replace(row, tokens_per_second_per_gpu=1.5 * row.tokens_per_second_per_gpu)
         after = with_rows(tuple(faster if other is row else other for other in rows()))
@@ -60,14 +73,14 @@ def test_the_fit_finds_the_efficiencies_that_rows_were_made_with(with_rows):
             rate = row.global_batch * row.length / row.gpus / seconds.total(true[row.precision])
             row = dataclasses.replace(row, tokens_per_second_per_gpu=rate)
         made.append(row)
-    solution, _ = with_rows(tuple(made))
+    solution, *_ = with_rows(tuple(made))
     assert {name: 1 / value for name, value in solution.items()} == pytest.approx({"bf16": 0.5, "fp8": 0.7, "flash": 0.25}, rel=1e-6)
 
 
 def test_rows_state_source_and_split_and_their_batches_divide():
     assert {row.split for row in rows()} == {CALIBRATION, HELD_OUT} and len({row.id for row in rows()}) == len(rows())
     for row in rows():
-        assert row.source and row.published_as
+        assert row.source and row.published_as and row.gpus % row.sharded == 0
         assert row.global_batch % (row.gpus // (row.tensor * row.pipeline * row.context)) == 0
 
 
