@@ -26,6 +26,13 @@ def fast_precision() -> str:
     return "fp32"
 
 
+def note_on(precision: str) -> str | None:
+    """What somebody who trains here in this precision should know first."""
+    if precision == "bf16" and fast_precision() == "fp32":
+        return "note: this CPU multiplies no bf16 (it has no AVX-512) and takes ten times as long: --set training.precision=fp32"
+    return None
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Most memory used so far, in 10^9 bytes: allocated by torch on a GPU, resident set of this process on a CPU."""
     if device.type == "cuda":

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from endprompt.errors import EXIT_INTERRUPTED
 from endprompt.recipe import Recipe
+from endprompt.training import hardware
 from endprompt.training.checkpoints import SavedState, latest
 from endprompt.training.monitor import Monitor
 from endprompt.training.prepare import Inputs, check_run_folder
@@ -29,6 +30,8 @@ def claimed(recipe: Recipe, folder: RunFolder, world: World, engine: str, prepar
     patience = 300.0 if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0.0
     world.on_rank_0(lambda: (check_run_folder(recipe, prepared, folder, engine), folder.claim(patience)))
     folder.check_shared(world)
+    if note := hardware.note_on(recipe.training.precision):
+        world.print(note)
     with folder.failures_recorded() if world.rank == 0 else contextlib.nullcontext():
         yield prepared
 

@@ -17,6 +17,7 @@ from endprompt.data.indexed import open_indexed, write_indexed
 from endprompt.data.samples import SampleDataset
 from endprompt.data.tokenizers import load_tokenizer
 from endprompt.positions import SampleBuilder, tokenize_prompts
+from endprompt.training import hardware
 from tests.support.runs import kill, kill_during_saves, logged_steps, wait_for
 from tests.support.workspace import Workspace, losses, read_log
 
@@ -118,6 +119,13 @@ def test_run_status_reads_the_folder(workspace, unbroken):
     assert (found.tokens, found.loss) == (STEPS * 4 * 64, losses(unbroken)[-1]) and found.validation_step == STEPS
     assert found.checkpoint_step == STEPS and found.checkpoint_bytes > 100_000
     assert found.overhead_seconds_per_step > 0 and (found.lost_hours, found.error) == (0, None)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_bf16_where_it_is_slow_is_said_once(workspace, precision):
+    finished = workspace.train(**{"output.directory": workspace.path / precision, "training.precision": precision, "training.steps": 2})
+    expected = hardware.note_on(precision)
+    assert finished.stdout.count("multiplies no bf16") == (expected is not None) and (expected or "") in finished.stdout
 
 
 def test_a_finished_run_ends_at_once(workspace, unbroken):
