@@ -16,14 +16,14 @@ from endprompt.planning.published import CALIBRATION, CARDS, HELD_OUT, Row, rows
 from endprompt.planning.speed import Efficiencies, Seconds, megatron_seconds, zero3_seconds
 
 _UNKNOWNS = {
-    "fsdp": ("bf16", "bf16 at 500 W", "communication"),
+    "fsdp": ("bf16", "communication"),
     "mpt": ("bf16", "triton", "communication"),
     "megatron": ("bf16", "fp8", "flash"),
 }
-"""What each family's calibration rows determine. None of FSDP's is long enough for attention: its kernel is among Megatron's."""
+"""What each family's calibration rows determine. None of FSDP's is long enough for attention: Megatron's efficiency is assumed."""
 
 OURS = {"deepspeed": ("fsdp", "bf16", "flash"), "megatron": ("megatron", "bf16", "flash")}
-"""Family, rate of matrix products and attention kernel of this repository's engines."""
+"""Family, precision and attention kernel of this repository's engines."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def checked(split: str | None = None) -> tuple[Checked, ...]:
     found = []
     for row in rows():
         if split in (None, row.split):
-            seconds = _seconds(row).total(_efficiencies(row.family, row.rate, row.attention))
+            seconds = _seconds(row).total(_efficiencies(row.family, row.precision, row.attention, CARDS[row.card].watts))
             found.append(Checked(row, row.global_batch * row.length / row.gpus / seconds))
     return tuple(found)
 
@@ -87,22 +87,36 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def _efficiencies(family: str, rate: str, attention: str) -> Efficiencies:
+@cache
+def slowdown(watts: int) -> float:
+    """Of the arithmetic on a card limited to so many watts, against 700 W, by the calibration row of such a card."""
+    if watts == 700:
+        return 1.0
+    row = next(row for row in rows() if CARDS[row.card].watts == watts and row.split == CALIBRATION)
+    seconds, full = _seconds(row), _efficiencies(row.family, row.precision, row.attention)
+    return (_published_seconds(row) - seconds.fixed - seconds.communication * full.communication) / (
+        seconds.gemm / full.gemm + seconds.attention / full.attention
+    )
+
+
+def _efficiencies(family: str, precision: str, attention: str, watts: int = 700) -> Efficiencies:
     values, stock = fitted()[family], fitted()["megatron"]  # what a family's own rows leave open comes from Megatron's
-    if rate in values:
-        gemm = values[rate]
-    else:  # fp8 is faster than bf16 on the same card by Megatron's ratio
-        gemm = values[rate.replace("fp8", "bf16")] * stock["fp8"] / stock["bf16"]
-    return Efficiencies(1 / gemm, 1 / values.get(attention, stock["flash"]), values.get("communication", 1.0))
+    if precision in values:
+        gemm = values[precision]
+    else:  # fp8 is faster than bf16 by Megatron's ratio
+        gemm = values["bf16"] * stock["fp8"] / stock["bf16"]
+    slower = slowdown(watts)
+    return Efficiencies(1 / (gemm * slower), 1 / (values.get(attention, stock["flash"]) * slower), values.get("communication", 1.0))
 
 
 def _fit(family: str) -> dict[str, float]:
+    """From the calibration rows of 700 W cards."""
     unknowns, lines, targets = _UNKNOWNS[family], [], []
-    known = {} if "flash" in unknowns else {"flash": _fit("megatron")["flash"]}
+    known = {} if family == "megatron" else {"flash": _fit("megatron")["flash"]}
     for row in rows():
-        if row.family == family and row.split == CALIBRATION:
-            seconds, published = _seconds(row), row.global_batch * row.length / (row.gpus * row.tokens_per_second_per_gpu)
-            coefficients = {row.rate: seconds.gemm, row.attention: seconds.attention, "communication": seconds.communication}
+        if row.family == family and row.split == CALIBRATION and CARDS[row.card].watts == 700:
+            seconds, published = _seconds(row), _published_seconds(row)
+            coefficients = {row.precision: seconds.gemm, row.attention: seconds.attention, "communication": seconds.communication}
             lines.append([coefficients.get(name, 0.0) / published for name in unknowns])
             given = seconds.fixed + sum(value * coefficients.get(name, 0.0) for name, value in known.items())
             targets.append(1 - given / published)
@@ -110,12 +124,16 @@ def _fit(family: str) -> dict[str, float]:
     return dict(zip(unknowns, solution.tolist(), strict=True))
 
 
+def _published_seconds(row: Row) -> float:
+    return row.global_batch * row.length / (row.gpus * row.tokens_per_second_per_gpu)
+
+
 def _seconds(row: Row) -> Seconds:
     per_node = min(8, row.gpus)
     cluster = Cluster(row.gpus // per_node, per_node, network=row.network / 8 * 1e9, hbm=CARDS[row.card].hbm)
     arguments = (row.architecture, row.length, row.micro_batch, row.micro_steps, row.recompute, cluster)
     if row.family != "megatron":
-        return zero3_seconds(*arguments, layers=row.layers, sharded=row.sharded, context=row.context)
+        return zero3_seconds(*arguments, layers=row.layers, gradient_bytes=row.gradient_bytes, sharded=row.sharded, context=row.context)
     data = row.gpus // (row.tensor * row.pipeline * row.context)
     layout = {"tensor": row.tensor, "pipeline": row.pipeline, "virtual": row.virtual, "context": row.context, "data": data}
     return megatron_seconds(*arguments, **layout, tensor_overlap=True)  # NeMo's recipes overlap tensor-parallel messages

@@ -1,8 +1,8 @@
 """Bytes that elementwise operations move through a GPU's memory, beside its matrix products and attention.
 
-A LLaMA layer's norms, rotations and activations cost little arithmetic and many passes over the hidden states: in eager PyTorch
-18 % of an 8B model's step (22 % on slower memory). No efficiency of the matrix products can stand for that: its share shrinks with
-the hidden size and with torch.compile. Each operation is counted as it is written, reads and writes in bytes a number.
+A LLaMA layer's norms, rotations and activations cost little arithmetic and many passes over the hidden states: in eager PyTorch,
+by what follows, a fifth of an 8B model's step. No efficiency of the matrix products can stand for that: its share shrinks with the
+hidden size and with torch.compile. Each operation is counted as it is written, reads and writes in bytes a number.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 from endprompt.models.architectures import Architecture
 
 HBM_SHARE = 0.92
-"""Of the memory's rate, what such a kernel reaches (pytorch/ao torchao/testing/training/roofline_utils.py, measured)."""
+"""Of the memory's rate, what such a kernel is assumed to reach (as pytorch/ao torchao/testing/training/roofline_utils.py does)."""
+
+BACKWARD = {"eager": 2.33, "compiled": 2.0, "mpt": 2.0}
+"""Bytes of a layer's backward pass over those of its forward pass: counted for eager layers, assumed for others."""
 
 LOSS_BYTES = 32
 """A logit, both ways: bf16 to fp32, maximum, exponential, gradient and its cast, about eight passes of fp32."""
@@ -36,7 +39,7 @@ def elementwise_bytes(architecture: Architecture, layers: str) -> float:
 
 
 def elementwise_seconds(architecture: Architecture, tokens: float, layers: str, *, recomputed: bool, hbm: float) -> float:
-    """Of a step's `tokens` on one GPU whose memory moves `hbm` bytes/s. A backward pass moves twice what the forward does."""
-    passes = 3 + recomputed
+    """Of a step's `tokens` on one GPU whose memory moves `hbm` bytes/s."""
+    passes = 1 + BACKWARD[layers] + recomputed
     layer = architecture.layers * elementwise_bytes(architecture, layers) * passes
     return tokens * (layer + LOSS_BYTES * architecture.vocab_size) / (HBM_SHARE * hbm)

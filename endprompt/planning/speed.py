@@ -13,7 +13,7 @@ from endprompt.models.architectures import Architecture, forward_flops_per_token
 from endprompt.planning.cluster import Cluster
 from endprompt.planning.elementwise import elementwise_seconds
 
-RECOMPUTE = {"none": (0.0, 0.0), "half": (0.5, 0.0), "selective": (0.0, 1.0), "full": (1.0, 1.0)}
+RECOMPUTE = {"none": (0.0, 0.0), "selective": (0.0, 1.0), "full": (1.0, 1.0)}
 """Further forward passes of the layers' matrix products, and of attention, that the backward pass makes."""
 
 HIDING_ATTENTION = 0.3
@@ -25,7 +25,11 @@ UPDATE_BYTES = 30
 
 @dataclass(frozen=True)
 class Efficiencies:
-    """gemm, attention: share of the bf16 peak. communication: share of the ZeRO-3 collectives' seconds that is not hidden."""
+    """gemm, attention: share of the bf16 peak.
+
+    communication: seconds of a step for each that ZeRO-3's collectives take at 80 % of the links' rate. Arithmetic hides some of
+    them; above 1 the links reach less than that.
+    """
 
     gemm: float
     attention: float
@@ -57,6 +61,15 @@ def layer_flops(architecture: Architecture, length: int) -> tuple[float, float, 
     return matmul, attention, 2 * architecture.embedding_parameters
 
 
+def recomputed(architecture: Architecture, recompute: str) -> tuple[float, float]:
+    """RECOMPUTE, and torchtitan's per-operator policy: every second product of q, k, v, o, gate, up, down, so k, o and up."""
+    if recompute != "half":
+        return RECOMPUTE[recompute]
+    a = architecture
+    products = a.hidden_size * ((a.heads + a.kv_heads) * a.head_dim + a.ffn_size)
+    return products / (a.layer_parameters - 2 * a.hidden_size), 0.0
+
+
 def zero3_seconds(
     architecture: Architecture,
     length: int,
@@ -68,24 +81,25 @@ def zero3_seconds(
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
     layers: str = "eager",
+    gradient_bytes: int = 2,
     sharded: int | None = None,
     context: int = 1,
 ) -> Seconds:
     """ZeRO-3 over all GPUs. A backward pass costs twice the forward, attention's 2.5 times (it recomputes its scores).
 
-    A micro-step gathers the bf16 weights twice and scatters bf16 gradients once: 3 x 2 B a parameter. layers: how their elementwise
-    operations are run; ds_train.py's are eager. In published rows only: sharded, the GPUs of a node that hold one copy of the
-    states (gradients are then also reduced between nodes), and context, the GPUs that share a sample.
+    A micro-step gathers the bf16 weights twice and scatters gradients of gradient_bytes once: 6 B a parameter in bf16. layers: how
+    their elementwise operations are run; ds_train.py's are eager. In published rows only: sharded, the GPUs of a node that hold one
+    copy of the states (gradients are then also reduced between nodes), and context, the GPUs that share a sample, whose messages
+    are not counted.
     """
     products, attention, head = layer_flops(architecture, length)
-    more_products, more_attention = RECOMPUTE[recompute]
+    more_products, more_attention = recomputed(architecture, recompute)
     tokens = micro_batch * micro_steps * length / context
-    size = 2 * architecture.parameters
     per_node = min(cluster.gpus_per_node, cluster.gpus)
     ranks = sharded or cluster.gpus
-    gather = 3 * cluster.collective_seconds(size, ranks, per_node)
+    gather = cluster.collective_seconds((2 * 2 + gradient_bytes) * architecture.parameters, ranks, per_node)
     if ranks < cluster.gpus:  # an all-reduce of each GPU's share by its own network card
-        gather += 2 * cluster.collective_seconds(size / ranks, cluster.gpus // ranks, 1)
+        gather += 2 * cluster.collective_seconds(gradient_bytes * architecture.parameters / ranks, cluster.gpus // ranks, 1)
     share = architecture.parameters / ranks
     update = UPDATE_BYTES * share / (0.7 * cluster.hbm)
     if offload_optimizer or offload_parameters:  # fp32 gradients down, bf16 weights up, AdamW at the host's pace
@@ -96,7 +110,7 @@ def zero3_seconds(
         gemm=tokens * (architecture.layers * products * (3 + more_products) + 3 * head) / cluster.peak_flops,
         attention=tokens * architecture.layers * attention * (3.5 + more_attention) / cluster.peak_flops,
         communication=gather * micro_steps,
-        fixed=update + elementwise_seconds(architecture, tokens, layers, recomputed=recompute != "none", hbm=cluster.hbm),
+        fixed=update + elementwise_seconds(architecture, tokens, layers, recomputed=more_products > 0, hbm=cluster.hbm),
     )
 
 

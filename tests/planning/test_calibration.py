@@ -8,21 +8,28 @@ import pytest
 
 from endprompt.models.architectures import get_architecture
 from endprompt.planning import calibration, published
-from endprompt.planning.calibration import checked, efficiencies, errors, fitted
+from endprompt.planning.calibration import checked, efficiencies, errors, fitted, slowdown
 from endprompt.planning.cluster import Cluster
 from endprompt.planning.published import CALIBRATION, CARDS, HELD_OUT, rows
-from endprompt.planning.speed import Efficiencies, layer_flops, megatron_seconds
+from endprompt.planning.speed import Efficiencies, layer_flops, megatron_seconds, recomputed, zero3_seconds
 
 
 @pytest.fixture
 def with_rows(monkeypatch):
     """Put other rows into the table, and fit anew."""
 
+    def forget():
+        fitted.cache_clear()
+        slowdown.cache_clear()
+
     def put(changed):
         monkeypatch.setattr(calibration, "rows", lambda: changed)
-        return tuple(calibration._fit(family) for family in ("megatron", "fsdp", "mpt"))
+        forget()
+        return fitted(), slowdown(500)
 
-    return put
+    yield put
+    monkeypatch.undo()
+    forget()
 
 
 def test_megatron_is_within_15_percent_on_every_row_held_out():
@@ -33,15 +40,44 @@ def test_megatron_is_within_15_percent_on_every_row_held_out():
     assert {4096, 8192, 65536, 131072, 1048576} <= lengths  # far beyond what it was calibrated on
 
 
-def test_fsdp_of_llama_is_within_15_percent_in_bf16_and_not_under_pytorchs_context_parallelism():
-    """The truth, pinned. ds_train.py runs neither fp8 nor that; no row calibrates either."""
-    found = [check for check in checked(HELD_OUT) if check.row.family == "fsdp"]
-    bf16 = [check for check in found if check.row.precision == "bf16"]
-    assert len(bf16) == 10 and all(abs(check.error) < 0.135 for check in bf16)
-    assert {check.row.layers for check in bf16} == {"eager", "compiled"} and {check.row.card for check in bf16} == set(CARDS)
-    fp8 = [check.error for check in found if check.row.precision == "fp8"]
-    assert len(fp8) == 4 and min(fp8) > 0.14 and max(fp8) < 0.68
-    assert errors(HELD_OUT, "fsdp")["within_15_percent"] == 11
+def test_fsdp_of_llama_is_within_15_percent_where_the_card_is_stated():
+    """The truth, pinned. Fast at 8K, slow on H200s at 4K; torchao's 4K rows, whose card is inferred, are missed."""
+    found = [check for check in checked(HELD_OUT) if check.row.family == "fsdp" and check.row.precision == "bf16"]
+    inferred = {check.row.id: check.error for check in found if check.row.id.startswith("torchao")}
+    stated = [check for check in found if check.row.id not in inferred]
+    assert len(stated) == 10 and all(abs(check.error) < 0.145 for check in stated)
+    assert {check.row.layers for check in stated} == {"eager", "compiled"} and {check.row.card for check in stated} == set(CARDS)
+    assert len(inferred) == 3 and sum(error > 0.15 for error in inferred.values()) == 2 and max(inferred.values()) < 0.27
+    assert errors(HELD_OUT, "fsdp")["within_15_percent"] == 13
+
+
+def test_pytorchs_context_parallelism_is_predicted_too_fast():
+    """ds_train.py does not cut samples, so its messages are not counted; two ranks a sample are met all the same."""
+    fp8 = {check.row.context: check.error for check in checked(HELD_OUT) if check.row.family == "fsdp" and check.row.precision == "fp8"}
+    assert abs(fp8[1]) < 0.09 and abs(fp8[2]) < 0.03 and 0.3 < fp8[4] < fp8[8] < 0.46
+
+
+def test_a_card_of_less_power_is_slower_in_all_arithmetic():
+    assert slowdown(700) == 1.0 and 1.1 < slowdown(500) < 1.25
+    row = next(row for row in rows() if CARDS[row.card].watts == 500 and row.split == CALIBRATION)
+    assert abs(next(check.error for check in checked() if check.row is row)) < 1e-9
+
+
+def test_every_second_product_of_torchtitans_layer_by_hand():
+    """q, k, v, o, gate, up, down of an 8B layer: k, o and up are 4 + 16 + 56 of 208 units of 1024 x 1024."""
+    llama = get_architecture("llama3_8b")
+    assert recomputed(llama, "half") == (pytest.approx((4 + 16 + 56) / (16 + 4 + 4 + 16 + 3 * 56)), 0.0)
+    assert recomputed(llama, "full") == (1.0, 1.0) and recomputed(llama, "none") == (0.0, 0.0)
+
+
+def test_messages_of_zero3_by_hand():
+    """Weights twice and gradients once, 2 + 2 + 4 B a parameter; under HSDP also each GPU's share, twice, by its own card."""
+    llama, cluster = get_architecture("llama3_8b"), Cluster(4)
+    n = llama.parameters
+    whole = zero3_seconds(llama, 8192, 1, 3, "none", cluster, gradient_bytes=4)
+    assert whole.communication == pytest.approx(3 * 8 * n * 31 / 32 / (0.8 * 400e9))
+    node = zero3_seconds(llama, 8192, 1, 3, "none", cluster, sharded=8)
+    assert node.communication == pytest.approx(3 * (6 * n * 7 / 8 / (0.8 * 450e9) + 2 * 2 * n / 8 * 3 / 4 / (0.8 * 50e9)))
 
 
 def test_mpt_is_within_15_percent_but_for_one_row():
@@ -57,7 +93,7 @@ def test_both_families_of_fsdp_find_the_same_efficiency_of_matrix_products():
 
 
 def test_no_held_out_row_reaches_the_fit_and_every_calibration_row_does(with_rows):
-    before = (fitted()["megatron"], fitted()["fsdp"], fitted()["mpt"])
+    before = (fitted(), slowdown(500))
     for row in rows():
         faster = dataclasses.replace(row, tokens_per_second_per_gpu=1.5 * row.tokens_per_second_per_gpu)
         after = with_rows(tuple(faster if other is row else other for other in rows()))
@@ -73,7 +109,7 @@ def test_the_fit_finds_the_efficiencies_that_rows_were_made_with(with_rows):
             rate = row.global_batch * row.length / row.gpus / seconds.total(true[row.precision])
             row = dataclasses.replace(row, tokens_per_second_per_gpu=rate)
         made.append(row)
-    solution, *_ = with_rows(tuple(made))
+    solution = with_rows(tuple(made))[0]["megatron"]
     assert {name: 1 / value for name, value in solution.items()} == pytest.approx({"bf16": 0.5, "fp8": 0.7, "flash": 0.25}, rel=1e-6)
 
 

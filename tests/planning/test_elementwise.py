@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from endprompt.models.architectures import Architecture
-from endprompt.planning.elementwise import HBM_SHARE, LOSS_BYTES, elementwise_bytes, elementwise_seconds
+from endprompt.planning.elementwise import BACKWARD, HBM_SHARE, LOSS_BYTES, elementwise_bytes, elementwise_seconds
 from endprompt.rope import RopeScaling
 
 PRODUCTS = {"mm", "addmm", "bmm", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable"}
@@ -40,13 +40,18 @@ def test_eager_is_what_transformers_layer_moves(shape):
         attn_implementation="sdpa",
     )  # fmt: skip
     layer = LlamaDecoderLayer(config, 0).to(torch.bfloat16)
-    stream = torch.randn(1, TOKENS, hidden, dtype=torch.bfloat16)
+    stream = torch.randn(1, TOKENS, hidden, dtype=torch.bfloat16, requires_grad=True)
     turns = LlamaRotaryEmbedding(config)(stream, torch.arange(TOKENS)[None])
-    with torch.no_grad(), CountBytes() as count:
-        layer(stream, position_embeddings=turns, attention_mask=None)
+    with CountBytes() as forward:
+        output = layer(stream, position_embeddings=turns, attention_mask=None)
+    with CountBytes() as backward:
+        output.backward(torch.randn_like(output))
     expected = elementwise_bytes(architecture(hidden, ffn, heads, kv_heads), "eager")
-    print(f"counted {count.total / TOKENS:.0f} bytes a token, expected {expected}")
-    assert expected == pytest.approx(count.total / TOKENS, rel=0.03)
+    print(
+        f"forward {forward.total / TOKENS:.0f} bytes a token, expected {expected}; backward {backward.total / forward.total:.3f} times that"
+    )
+    assert expected == pytest.approx(forward.total / TOKENS, rel=0.03)
+    assert BACKWARD["eager"] == pytest.approx(backward.total / forward.total, rel=0.03)
 
 
 def architecture(hidden: int, ffn: int, heads: int, kv_heads: int) -> Architecture:
@@ -58,7 +63,7 @@ def test_seconds_are_bytes_over_the_rate_that_is_reached():
     a = architecture(256, 704, 8, 2)
     once = elementwise_bytes(a, "eager")
     found = elementwise_seconds(a, 10, "eager", recomputed=True, hbm=2e12)
-    assert found == pytest.approx(10 * (2 * 4 * once + LOSS_BYTES * 1000) / (HBM_SHARE * 2e12))
+    assert found == pytest.approx(10 * (2 * (1 + 2.33 + 1) * once + LOSS_BYTES * 1000) / (HBM_SHARE * 2e12))
     assert elementwise_bytes(a, "compiled") < once / 2
     with pytest.raises(ValueError, match="none of eager, compiled, mpt"):
         elementwise_bytes(a, "triton")
