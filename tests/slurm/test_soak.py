@@ -28,21 +28,28 @@ def record(**facts) -> None:
 
 
 def test_twenty_random_kills_over_one_run(prepared):
-    """Kinds and moments are drawn; no step is lost beyond the last checkpoint, none is repeated, the losses are the unbroken run's."""
+    """Kinds and moments are drawn; no step is lost beyond the last checkpoint, none is repeated, the losses are the unbroken run's.
+
+    One in three comes while an attempt starts and loads, the others after 1 to 12 steps of it.
+    """
     prepared.write_settings(MAX_IDLE="20")  # a kill may come before the first save of an attempt, and often
     draw = random.Random(20)
     victim = Victim(prepared, "twenty", steps=STEPS)
-    cluster, kinds = victim.cluster, []
+    cluster, kills = victim.cluster, []
     for number in range(20):
-        victim.training()
-        time.sleep(draw.uniform(0, 8))
+        if draw.random() < 1 / 3:
+            victim.training()
+            time.sleep(draw.uniform(0, 8))
+        else:
+            victim.go_on(draw.randint(1, 12))
+            time.sleep(draw.uniform(0, 0.3))  # within a step, or within a save
         assert not victim.ended, f"finished after {number} kills; draw shorter pauses"
-        kinds.append(draw.choice(["rank", "rank", "node", "requeue", "signal"]))
-        before = victim.run.step
-        hurt(victim, kinds[-1], draw.choice(victim.nodes))
+        kind, before = draw.choice(["rank", "rank", "node", "requeue", "signal"]), victim.run.step
+        kills.append({"kind": kind, "at_step": before})
+        hurt(victim, kind, draw.choice(victim.nodes))
         victim.restarted(number + 1)
         kept = victim.starts[-1]["step"]
-        assert before - kept <= victim.save_interval, f"{kinds[-1]}: step {before} was logged, the checkpoint is of {kept}"
+        assert before - kept <= victim.save_interval, f"{kind}: step {before} was logged, the checkpoint is of {kept}"
         for node in map(cluster.node, range(1, NODES + 1)):
             if not cluster.is_on(node):
                 cluster.power_on(node)
@@ -50,7 +57,7 @@ def test_twenty_random_kills_over_one_run(prepared):
     history = victim.run.history
     assert history == history_without_slurm(prepared, f"training.steps={STEPS} output.save_interval=1000")
     restarts = int(cluster.job(victim.job)["Restarts"])
-    record(twenty_kills={"kinds": kinds, "restarts": restarts, "steps": len(history), "history": "bit-equal"})
+    record(twenty_kills={"kills": kills, "restarts": restarts, "steps": len(history), "history": "bit-equal"})
 
 
 def hurt(victim: Victim, kind: str, node: str) -> None:
