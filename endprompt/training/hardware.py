@@ -33,6 +33,22 @@ def note_on(precision: str) -> str | None:
     return None
 
 
+CPU_ALLOCATOR = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.arena_max=1",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+"""Environment of a rank on a CPU: glibc keeps what is freed for the next step, and it and torch ask for pages of 2 MB.
+
+As they come, every large tensor is new memory that the kernel clears page by page: 14 million faults and a quarter of the time of six
+steps of the demo on two ranks (161 s, with this 111 to 118). A rank's memory peaks 1.3 times as high, 7.2 GB against 5.5.
+"""
+
+
+def rank_environment() -> dict[str, str]:
+    """What to start ranks of this machine with, besides their ranks. Empty where there is a GPU."""
+    return {} if torch.cuda.is_available() else CPU_ALLOCATOR
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Most memory used so far, in 10^9 bytes: allocated by torch on a GPU, resident set of this process on a CPU."""
     if device.type == "cuda":

@@ -31,10 +31,16 @@ def become_single_process() -> None:
 
 
 def launch(processes: int, command: list[str] | None = None) -> int:
-    """Run `command` (this same command line by default) once per rank; signals are passed on. Returns the exit code."""
+    """Run `command` (this same command line by default) once per rank; signals are passed on. Returns the exit code.
+
+    Ranks on a CPU get an allocator that keeps memory (hardware.CPU_ALLOCATOR), unless the environment says something else.
+    """
+    from endprompt.training.hardware import rank_environment  # imports torch
+
     command = command or [sys.executable, *sys.argv]
     port = str(_free_port())
-    environment = dict(os.environ, WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    environment = {**rank_environment(), **os.environ}
+    environment.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     ranks: list[subprocess.Popen] = []
 

@@ -50,10 +50,10 @@ def address_of(engine: str) -> bytes:
     return _servers[engine]
 
 
-def launch_ranks(engine: str, ranks: int, script: str, *arguments: object, cold: bool = False) -> int:
+def launch_ranks(engine: str, ranks: int, script: str, *arguments: object, cold: bool = False, **environment: str) -> int:
     """endprompt's own launcher with a script of tests/support, in the repository's root. Returns the exit code.
 
-    cold: new interpreters, for measurements of memory: a fork shares pages with the server.
+    cold: new interpreters, for measurements of memory: a fork shares pages with the server. environment: in addition.
     """
     command = [sys.executable, str(ROOT / "tests/support" / script), *map(str, arguments)]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -61,7 +61,7 @@ def launch_ranks(engine: str, ranks: int, script: str, *arguments: object, cold:
         popen = functools.partial(Warm, address_of(engine), cwd=ROOT, outputs=(1, 2))
     else:
         popen = functools.partial(subprocess.Popen, cwd=ROOT)
-    environment = mock.patch.dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS="1")
+    environment = mock.patch.dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS="1", **environment)
     with environment, mock.patch.object(launch, "subprocess", SimpleNamespace(Popen=popen)):
         return launch.launch(ranks, command)
 
