@@ -37,8 +37,9 @@ def test_one_run_survives_everything(prepared, unbroken):
 
     bad = victim.nodes[1]
     victim.go_on(1)
+    rank = victim.rank_on(bad)
     victim.while_saving()
-    kill(victim.rank_on(bad))
+    kill(rank)
     victim.restarted(3)
 
     assert bad in victim.nodes

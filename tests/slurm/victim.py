@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 from tests.slurm.site import Run, Site
@@ -78,5 +79,8 @@ class Victim:
         return self.cluster.job(self.job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
     def while_saving(self) -> None:
-        """Until a checkpoint is being written."""
-        self.wait(lambda: list(self.run.path.glob("checkpoints/*.incomplete")), "a save", 60)
+        """Until a checkpoint is being written: for a few hundredths of a second, hence the short pauses between looks."""
+        until = time.monotonic() + 60
+        while not list(self.run.path.glob("checkpoints/*.incomplete")):
+            assert time.monotonic() < until and not (self.run.path / "export").exists(), "no save was seen"
+            time.sleep(0.002)
