@@ -30,10 +30,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.machine import describe_machine
 from endprompt.atomic import write_json
 from endprompt.errors import run_command
-from endprompt.training.hardware import CPU_ALLOCATOR, fast_precision
+from endprompt.training.hardware import CPU_ALLOCATOR, fast_precision, rank_environment
 from endprompt.training.launch import launch
 
 RANKS = 2
+SAME_ALLOCATOR = "trainer, same allocator"
 SHARED = ("layers", "length", "batch", "steps", "precision")
 """Arguments that a rank of the Trainer's side needs too."""
 
@@ -62,8 +63,9 @@ def main() -> None:
         "seconds": {name: [round(t, 3) for t in times] for name, times in seconds.items()},
         "median_seconds": {name: round(t, 3) for name, t in medians.items()},
         "speed_ratio": round(medians["trainer"] / medians["ds_train"], 3),
-        "speed_ratio_with_the_same_allocator": round(medians["trainer, same allocator"] / medians["ds_train"], 3),
     }
+    if SAME_ALLOCATOR in medians:
+        result["speed_ratio_with_the_same_allocator"] = round(medians[SAME_ALLOCATOR] / medians["ds_train"], 3)
     print(json.dumps(result, indent=2))
     if arguments.output:
         write_json(arguments.output, result)
@@ -71,7 +73,10 @@ def main() -> None:
 
 def measure(workspace: Path, arguments: argparse.Namespace) -> dict[str, list[float]]:
     make_inputs(workspace, arguments)
-    seconds: dict[str, list[float]] = {"ds_train": [], "trainer": [], "trainer, same allocator": []}
+    trainers = {"trainer": dict.fromkeys(CPU_ALLOCATOR, "")}  # its environment
+    if rank_environment():
+        trainers[SAME_ALLOCATOR] = {}
+    seconds: dict[str, list[float]] = {"ds_train": [], **{name: [] for name in trainers}}
     for number in range(arguments.rounds):
         run = workspace / f"run{number}"
         command = [
@@ -86,7 +91,7 @@ def measure(workspace: Path, arguments: argparse.Namespace) -> dict[str, list[fl
         steps = [json.loads(line)["step_seconds"] for line in (run / "log.jsonl").read_text().splitlines()]
         seconds["ds_train"] += steps[1:]
         own = [f"--{name}={getattr(arguments, name)}" for name in SHARED]
-        for name, environment in (("trainer", dict.fromkeys(CPU_ALLOCATOR, "")), ("trainer, same allocator", {})):
+        for name, environment in trainers.items():
             with mock.patch.dict(os.environ, environment):
                 assert launch(RANKS, [sys.executable, __file__, f"--trainer-rank={workspace}", *own]) == 0, "Trainer failed"
             seconds[name] += json.loads((workspace / "trainer.json").read_text())[1:]

@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 
 from endprompt.planning.cluster import Cluster
-from endprompt.planning.published import CALIBRATION, CARDS, HELD_OUT, Row, rows
+from endprompt.planning.published import CALIBRATION, HELD_OUT, Row, rows
 from endprompt.planning.speed import Efficiencies, Seconds, megatron_seconds, zero3_seconds
 
 _UNKNOWNS = {
@@ -55,7 +55,7 @@ def checked(split: str | None = None) -> tuple[Checked, ...]:
     found = []
     for row in rows():
         if split in (None, row.split):
-            seconds = _seconds(row).total(_efficiencies(row.family, row.precision, row.attention, CARDS[row.card].watts))
+            seconds = _seconds(row).total(_efficiencies(row.family, row.precision, row.attention, row.card.watts))
             found.append(Checked(row, row.global_batch * row.length / row.gpus / seconds))
     return tuple(found)
 
@@ -89,10 +89,10 @@ def table() -> str:
 
 @cache
 def slowdown(watts: int) -> float:
-    """Of the arithmetic on a card limited to so many watts, against 700 W, by the calibration row of such a card."""
+    """Times as long as at 700 W that a card limited to `watts` takes for arithmetic, by the calibration row of such a card."""
     if watts == 700:
         return 1.0
-    row = next(row for row in rows() if CARDS[row.card].watts == watts and row.split == CALIBRATION)
+    row = next(row for row in rows() if row.card.watts == watts and row.split == CALIBRATION)
     seconds, full = _seconds(row), _efficiencies(row.family, row.precision, row.attention)
     return (_published_seconds(row) - seconds.fixed - seconds.communication * full.communication) / (
         seconds.gemm / full.gemm + seconds.attention / full.attention
@@ -114,7 +114,7 @@ def _fit(family: str) -> dict[str, float]:
     unknowns, lines, targets = _UNKNOWNS[family], [], []
     known = {} if family == "megatron" else {"flash": _fit("megatron")["flash"]}
     for row in rows():
-        if row.family == family and row.split == CALIBRATION and CARDS[row.card].watts == 700:
+        if row.family == family and row.split == CALIBRATION and row.card.watts == 700:
             seconds, published = _seconds(row), _published_seconds(row)
             coefficients = {row.precision: seconds.gemm, row.attention: seconds.attention, "communication": seconds.communication}
             lines.append([coefficients.get(name, 0.0) / published for name in unknowns])
@@ -130,7 +130,7 @@ def _published_seconds(row: Row) -> float:
 
 def _seconds(row: Row) -> Seconds:
     per_node = min(8, row.gpus)
-    cluster = Cluster(row.gpus // per_node, per_node, network=row.network / 8 * 1e9, hbm=CARDS[row.card].hbm)
+    cluster = Cluster(row.gpus // per_node, per_node, network=row.network / 8 * 1e9, hbm=row.card.hbm)
     arguments = (row.architecture, row.length, row.micro_batch, row.micro_steps, row.recompute, cluster)
     if row.family != "megatron":
         return zero3_seconds(*arguments, layers=row.layers, gradient_bytes=row.gradient_bytes, sharded=row.sharded, context=row.context)

@@ -68,7 +68,7 @@ def cpu_cluster(ranks: int, memory_gb: float = 16.0, engine: str = "deepspeed") 
     """Ranks on this machine over gloo: for holding memory predictions against real peaks. Its times mean nothing.
 
     runtime_gb: what a rank holds after a step beyond its tensors. 0.06 under DeepSpeed, in bf16 and fp32 alike: its hooks and
-    modules. 0.006 under Megatron, of 13 layouts the median.
+    modules. 0.006 under Megatron: about what the 13 layouts of tests/planning/test_megatron_memory_real.py hold, 3 to 14 MB.
     """
     runtime = {"deepspeed": 0.06, "megatron": 0.006}[engine]
     return Cluster(1, ranks, memory_gb, runtime_gb=runtime, collective_copies=1, touched_only=True, fused_layers=False)

@@ -9,7 +9,7 @@ model, if not its numbers. fms-fsdp's rows were named as its calibration beforeh
 replaced a day later; without them products and messages cannot be told apart), and one row of a 500 W card outside torchtitan's
 tables as that of the card. The blind ones are AWS's, Accelerate's, Automodel's, Kempner's and torchao's. A row needs length, batch,
 GPUs and recomputation from its source; a card or network that is inferred is marked in it. Left out are runs with an unknown share
-of recomputed blocks (fms-fsdp with torch.compile), nodes of four GPUs, and runs on one GPU (Kempner's 8B would be 18 % too slow).
+of recomputed blocks (fms-fsdp with torch.compile) and on nodes of four GPUs.
 
 Step times and TFLOPS are turned into tokens/s of a GPU: the batch over the time, and TFLOPS over the FLOPs a token by the source's
 own formula, which counts the full square of attention in NeMo 24.03. That table leaves out its batch; 4,194,304 tokens a step are
@@ -38,7 +38,11 @@ class Card:
     watts: int
 
 
-CARDS = {"h100": Card(3.35e12, 700), "h100_500w": Card(2.4e12, 500), "h200": Card(4.8e12, 700)}
+CARDS = {  # "h100_500w": torchtitan's, 96 GB of HBM2e
+    "h100": Card(3.35e12, 700),
+    "h100_500w": Card(2.4e12, 500),
+    "h200": Card(4.8e12, 700),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Row:
     virtual: int
     context: int
     sharded: int  # GPUs that hold one copy of weights and states between them; all of them, or those of a node
-    card: str
+    card: Card
     network: float  # Gb/s of one GPU between nodes
     gradient_bytes: int  # a gradient in messages
     layers: str  # how elementwise operations are run: eager, compiled, mpt, or fused (not counted)
@@ -111,6 +115,7 @@ def _row(raw: dict[str, str]) -> Row:
             **raw,
             **{field: int(raw[field]) for field in numbers},
             "architecture": _PEERS.get(name) or get_architecture(name),
+            "card": CARDS[raw["card"]],
             "network": float(raw["network"]),
             "tokens_per_second_per_gpu": float(raw["tokens_per_second_per_gpu"]),
         }

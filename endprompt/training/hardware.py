@@ -37,7 +37,8 @@ CPU_ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000:glibc.malloc.arena_max=1",
     "THP_MEM_ALLOC_ENABLE": "1",
 }
-"""Environment of a rank on a CPU: glibc keeps what is freed for the next step, and it and torch ask for pages of 2 MB.
+"""Environment of a rank on a CPU: glibc keeps what is freed for the next step, and it and torch ask for pages of 2 MB. glibc
+reads it when a process starts, so ranks get it that launch() starts; under torchrun or srun export it yourself.
 
 As they come, every large tensor is new memory that the kernel clears page by page: the same step of transformers' Trainer takes
 16.9 s without and 14.0 s with this (benchmarks/results/step.json). A rank of the demo peaks at 7 GB instead of 5.5.

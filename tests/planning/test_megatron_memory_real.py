@@ -20,10 +20,10 @@ from tests.support.workspace import Workspace
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="measures a process's memory, and the model would be on the GPU"),
-    pytest.mark.timeout(900),  # of which bf16 products by a CPU without AVX-512 are nearly all: 100 s on two cores with nothing else
+    pytest.mark.timeout(900),  # without AVX-512 the fixture takes two minutes on two free cores, and nearly four within the suite
 ]
 
-# As small as a 10 % bound allows: without AVX-512, a CPU takes 25 to 100 times as long for a bf16 product as for one in fp32.
+# As small as a 10 % bound allows: without AVX-512, a CPU takes 4 to 80 times as long for a bf16 product as for one in fp32.
 LAYERS = {
     "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip

@@ -155,7 +155,7 @@ def test_json_has_what_others_read_and_says_what_is_predicted(tool):
     assert found["cost"] == pytest.approx(2 * found["gpu_hours"], rel=1e-3) and found["checkpoint_gb"] == pytest.approx(988, abs=1)
     assert found["memory_gb_per_gpu"] == pytest.approx(sum(found["memory"]["parts_gb"].values()), abs=0.02)
     assert {"fits", "memory_gb_per_gpu", "gpu_hours", "step_seconds", "discount.wall_clock"} <= set(found["predicted"])
-    assert found["held_out_error"]["rows"] == 17
+    assert found["held_out_error"]["rows"] == 18
 
 
 def test_text_labels_predictions_and_names_the_error(tool):

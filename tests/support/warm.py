@@ -61,8 +61,8 @@ def launch_ranks(engine: str, ranks: int, script: str, *arguments: object, cold:
         popen = functools.partial(Warm, address_of(engine), cwd=ROOT, outputs=(1, 2))
     else:
         popen = functools.partial(subprocess.Popen, cwd=ROOT)
-    environment = mock.patch.dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS="1", **environment)
-    with environment, mock.patch.object(launch, "subprocess", SimpleNamespace(Popen=popen)):
+    patched = mock.patch.dict(os.environ, {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment})
+    with patched, mock.patch.object(launch, "subprocess", SimpleNamespace(Popen=popen)):
         return launch.launch(ranks, command)
 
 
