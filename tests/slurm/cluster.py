@@ -20,6 +20,8 @@ from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged")
 NODES, GPUS, CPUS = 16, 8, 96
+PATIENCE = 600
+"""Seconds until a test gives up waiting. A job's start takes 10 s on two free cores and has taken ten times that within the suite."""
 
 CONFIGURATION = """\
 ClusterName=test
@@ -118,13 +120,13 @@ class Cluster:
         self._run("slurmctld", "-f", str(self.path / "slurm.conf"))
         for number in range(1, NODES + 1):
             self.power_on(self.node(number))
-        self.wait(lambda: len(self.idle()) == NODES, 60, "all nodes idle")
+        self.wait(lambda: len(self.idle()) == NODES, "all nodes idle")
 
     def stop(self) -> None:
         """End every process of the cluster: jobs, nodes, daemons. Nothing is left to the next one."""
         with contextlib.suppress(subprocess.SubprocessError):
             self._run("scancel", "--full", "--user", "root", timeout=10)
-            self.wait(lambda: not self.output("squeue", "-h", "-o", "%i"), 20, "no job left")
+            self.wait(lambda: not self.output("squeue", "-h", "-o", "%i"), "no job left", 20)
         for number in range(1, NODES + 1):
             self.power_off(self.node(number), mark=False)
         for daemon in ("slurmctld", "munged"):
@@ -177,10 +179,10 @@ class Cluster:
         shown = self.output("scontrol", "--oneliner", "show", "job", number)
         return dict(re.findall(r"(\S+?)=(\S*)", shown))
 
-    def wait(self, condition: Callable[[], object], seconds: float, what: str) -> None:
+    def wait(self, condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
         until = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < until, f"after {seconds} s still not: {what}"
+            assert time.monotonic() < until, f"after {seconds} s still not: {what}\n{busiest()}"
             time.sleep(0.2)
 
     def _run(self, *command: str, timeout: float = 60) -> subprocess.CompletedProcess:
@@ -188,6 +190,12 @@ class Cluster:
         daemon = command[0] in ("munged", "slurmctld", "unshare")
         streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} if daemon else {"capture_output": True, "text": True}
         return subprocess.run(command, env=self.environment, check=True, timeout=timeout, stdin=subprocess.DEVNULL, **streams)
+
+
+def busiest() -> str:
+    """What keeps this machine busy, so that a slow one can be told from a job that hangs."""
+    processes = subprocess.run(["ps", "-eo", "pcpu,etimes,args", "--sort=-pcpu"], capture_output=True, text=True).stdout
+    return "\n".join([f"load {os.getloadavg()}", *(line[:160] for line in processes.splitlines()[:12])])
 
 
 def _free_ports(count: int) -> int:

@@ -34,7 +34,7 @@ class Site:
         corpus.write_text("".join(json.dumps({"text": f"Chapter {n}. {PARAGRAPH} {PARAGRAPH}"}) + "\n" for n in range(300)))
         self.settings = {
             "SBATCH_PARTITION": "h100", "CHECKPOINTS": path / "checkpoints", "DATA": path / "data", "RUNS": path / "runs",
-            "PYTHON": sys.executable, "DEVICE": "cpu", "PROCESSES_PER_NODE": "1", "CORPUS": corpus, "HANG_TIMEOUT": "60",
+            "PYTHON": sys.executable, "DEVICE": "cpu", "PROCESSES_PER_NODE": "1", "CORPUS": corpus, "HANG_TIMEOUT": "600",
             "EVALUATE": "no",
         }  # fmt: skip
         self.write_settings()
@@ -87,7 +87,7 @@ class Site:
     def run(self, name: str) -> Run:
         return Run(self.path / "runs" / name)
 
-    def wait_for(self, job: str, state: str, seconds: float = 120) -> None:
+    def wait_for(self, job: str, state: str) -> None:
         """Until the job's state is `state`; says what its log says if it ends otherwise or not in time."""
         ended = ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"]
 
@@ -97,7 +97,7 @@ class Site:
             return now == state
 
         try:
-            self.cluster.wait(there, seconds, f"job {job} is {state}")
+            self.cluster.wait(there, f"job {job} is {state}")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log(job)[-4000:]}") from None
 

@@ -15,13 +15,13 @@ from tests.slurm.site import Site, kill, signal_batch
 from tests.slurm.victim import RUN_8B, Victim
 from tests.support.workspace import ROOT
 
+pytestmark = pytest.mark.timeout(1200)
 MEGATRON = (
     "training.steps=6 output.save_interval=3 megatron.tensor_parallel=1 megatron.pipeline_parallel=2 megatron.virtual_pipeline=1 "
     "megatron.context_parallel=1"
 )
 
 
-@pytest.mark.timeout(600)
 def test_one_run_survives_everything(prepared, unbroken):
     """One run through a time limit's signal, a user's requeue, deaths of ranks, of a node and of a slurmd: one history, bit by bit."""
     victim = Victim(prepared, "survivor")
@@ -63,18 +63,17 @@ def test_one_run_survives_everything(prepared, unbroken):
     victim.restarted(6)
     kill(orphans)
 
-    prepared.wait_for(job, "COMPLETED", 120)
+    prepared.wait_for(job, "COMPLETED")
     assert victim.run.history == unbroken, "no step lost, none repeated, the same losses"
     reasons = victim.run.reasons
     assert "time limit or preemption" in reasons[0] and f"on {bad} ended first, with exit code 137" in " ".join(reasons)
 
     cluster.output("scontrol", "requeue", job)  # SLURM may start a finished job again
-    cluster.wait(lambda: "finished already at step 60" in prepared.log(job), 60, "the finished job ended at once")
-    prepared.wait_for(job, "COMPLETED", 60)
+    cluster.wait(lambda: "finished already at step 60" in prepared.log(job), "the finished job ended at once")
+    prepared.wait_for(job, "COMPLETED")
     assert victim.run.history == unbroken
 
 
-@pytest.mark.timeout(400)
 def test_a_preempted_job_comes_back_and_a_cancelled_one_does_not(prepared, unbroken):
     victim = Victim(prepared, "preempted", "--nodelist=node15,node16")
     cluster, job = victim.cluster, victim.job
@@ -83,18 +82,17 @@ def test_a_preempted_job_comes_back_and_a_cancelled_one_does_not(prepared, unbro
         "sbatch", "--parsable", "--partition=urgent", "--nodelist=node15,node16", "--nodes=2", "--exclusive", "--output=/dev/null",
         "--wrap", "sleep 1",
     )  # fmt: skip
-    prepared.wait_for(urgent, "COMPLETED", 90)
+    prepared.wait_for(urgent, "COMPLETED")
     victim.restarted(1)
     victim.go_on(3)
     cluster.output("scancel", job)
-    prepared.wait_for(job, "CANCELLED", 60)
+    prepared.wait_for(job, "CANCELLED")
     time.sleep(3)
     assert cluster.job(job)["JobState"] == "CANCELLED"
     history = victim.run.history
     assert len(history) >= 7 and history == unbroken[: len(history)]
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(("script", "model", "fields"), [
     ("slurm/extend_70b_128k.sh", "Meta-Llama-3-70B", MEGATRON),
     ("slurm/extend_8b_64k.sh", "Meta-Llama-3-8B", "training.steps=6 output.save_interval=3"),
@@ -119,7 +117,7 @@ def test_the_whole_way(prepared, script, model, fields):
     jobs = {name.strip(): number.strip() for name, number in jobs.items()}
     assert list(jobs) == ["convert", "prepare", "train", "evaluate"]
     for number in jobs.values():
-        site.wait_for(number, "COMPLETED", 150)
+        site.wait_for(number, "COMPLETED")
     site.write_settings(**{"SOURCE_CHECKPOINT": "", "EVALUATION_OPTIONS": "", **before})
     assert (place / "checkpoints" / model / "model.safetensors").exists() and len(run.history) == 6
     config = json.loads((run.path / "export" / "config.json").read_text())
@@ -128,7 +126,6 @@ def test_the_whole_way(prepared, script, model, fields):
     assert {"base", "extended"} <= set(json.dumps(report).replace('"', " ").split())
 
 
-@pytest.mark.timeout(400)
 def test_the_tasks_of_a_sweep_do_not_touch_each_other(prepared):
     """SLURM_JOB_ID of an array's last task is the array's own: what is done in its name must not reach the others."""
     site, cluster = prepared, prepared.cluster
@@ -139,10 +136,10 @@ def test_the_tasks_of_a_sweep_do_not_touch_each_other(prepared):
     assert started.returncode == 0 and "2 runs" in started.stdout, started.stderr
     array = started.stdout.split("submitted job ")[1].split(":")[0]
     first, last = site.run("sweep_pair/first"), site.run("sweep_pair/last")
-    cluster.wait(lambda: first.step >= 2 and last.step >= 2, 120, "both runs train")
+    cluster.wait(lambda: first.step >= 2 and last.step >= 2, "both runs train")
     signal_batch(cluster, f"{array}_1")
     for task in (f"{array}_0", f"{array}_1"):
-        site.wait_for(task, "COMPLETED", 150)
+        site.wait_for(task, "COMPLETED")
     assert [len(run.history) for run in (first, last)] == [40, 40]
     assert first.reasons == ["finished at step 40"], "one start, undisturbed"
     assert len(last.reasons) == 2 and "time limit" in last.reasons[0]
@@ -153,12 +150,12 @@ def test_a_stopped_run_is_not_evaluated_and_goes_on_later(prepared):
     victim = Victim(prepared, "stopped")
     victim.go_on(2)
     (victim.run.path / "STOP").touch()
-    prepared.wait_for(victim.job, "FAILED", 60)
+    prepared.wait_for(victim.job, "FAILED")
     assert "stopped: " in prepared.log(victim.job) and victim.run.state == "stopped"
     evaluation = prepared.submit(
         "slurm/evaluate.sh", "recipes/llama3_8b_64k.yaml", overrides=f"{RUN_8B} output.directory={victim.run.path}"
     )
-    prepared.wait_for(evaluation, "FAILED", 60)
+    prepared.wait_for(evaluation, "FAILED")
     assert f"{victim.run.path}: not finished, it is at step " in prepared.log(evaluation)
     assert not (victim.run.path / "export").exists()
 
@@ -167,7 +164,7 @@ def test_what_no_restart_mends_ends_in_one_line(prepared):
     site = prepared
     overrides = f"{RUN_8B} output.directory={site.path}/runs/bad data.train.0.path={site.path}/data/absent"
     job = site.submit("slurm/extend_8b_64k.sh", "--nodes=2", overrides=overrides)
-    site.wait_for(job, "FAILED", 90)
+    site.wait_for(job, "FAILED")
     log = site.log(job)
     assert log.count("error: ") == 1 and f"{site.path}/data/absent" in log and "given up: bad input" in log
     assert "Traceback" not in log and cluster_restarts(site, job) == 0

@@ -53,7 +53,7 @@ def test_twenty_random_kills_over_one_run(prepared):
         for node in map(cluster.node, range(1, NODES + 1)):
             if not cluster.is_on(node):
                 cluster.power_on(node)
-    prepared.wait_for(victim.job, "COMPLETED", 300)
+    prepared.wait_for(victim.job, "COMPLETED")
     history = victim.run.history
     assert history == history_without_slurm(prepared, f"training.steps={STEPS} output.save_interval=1000")
     restarts = int(cluster.job(victim.job)["Restarts"])
@@ -74,7 +74,7 @@ def hurt(victim: Victim, kind: str, node: str) -> None:
 def test_the_time_limit_itself(prepared, unbroken):
     """--time=1 with the signal 20 s before the end, as SLURM sends it: the job comes back by itself until it is done."""
     victim = Victim(prepared, "limited", "--time=1", "--signal=B:USR1@20")
-    prepared.wait_for(victim.job, "COMPLETED", 600)
+    prepared.wait_for(victim.job, "COMPLETED")
     restarts = int(victim.cluster.job(victim.job)["Restarts"])
     assert restarts >= 1 and victim.run.history == unbroken
     assert all("time limit" in reason or "finished" in reason for reason in victim.run.reasons)
@@ -90,7 +90,7 @@ def test_a_rank_that_hangs_is_found_and_the_run_goes_on(prepared, unbroken):
         os.kill(process, signal.SIGSTOP)
     victim.restarted(1)
     found = time.monotonic() - began
-    prepared.wait_for(victim.job, "COMPLETED", 200)
+    prepared.wait_for(victim.job, "COMPLETED")
     assert victim.run.history == unbroken and victim.run.reasons[0].startswith("hung: nothing written")
     record(hang={"timeout_s": 45, "restarted_after_s": round(found, 1), "history": "bit-equal"})
 
@@ -104,6 +104,6 @@ def test_a_job_that_gets_nowhere_is_given_up(prepared):
         kill(victim.rank_on(victim.nodes[attempt % 2]))
         if attempt < 2:
             victim.restarted(attempt + 1)
-    prepared.wait_for(victim.job, "FAILED", 100)
+    prepared.wait_for(victim.job, "FAILED")
     assert "3 attempts in a row brought no new checkpoint" in prepared.log(victim.job)
     assert int(victim.cluster.job(victim.job)["Restarts"]) == 2

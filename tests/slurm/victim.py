@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from tests.slurm.cluster import PATIENCE
 from tests.slurm.site import Run, Site
 from tests.support.workspace import ROOT
 
@@ -21,7 +22,7 @@ def history_without_slurm(site: Site, overrides: str) -> list[tuple[int, float]]
     sets = [word for field in fields for word in ("--set", field)]
     command = [sys.executable, "ds_train.py", "--recipe", "recipes/llama3_8b_64k.yaml", "--nproc-per-node", "2", *sets]
     environment = {**site.environment(), **{name: str(site.settings[name]) for name in ("CHECKPOINTS", "DATA", "RUNS")}}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     return run.history
 
@@ -34,9 +35,9 @@ class Victim:
         overrides = f"training.steps={steps} output.save_interval={save_interval} output.directory={self.run.path}"
         self.job = site.submit("slurm/extend_8b_64k.sh", "--nodes=2", *options, overrides=overrides)
 
-    def wait(self, condition: Callable[[], object], what: str, seconds: float = 150) -> None:
+    def wait(self, condition: Callable[[], object], what: str) -> None:
         try:
-            self.cluster.wait(condition, seconds, what)
+            self.cluster.wait(condition, what)
         except AssertionError as error:
             raise AssertionError(f"{error}; the run is at step {self.run.step}\n{self.site.log(self.job)[-4000:]}") from None
 
@@ -80,7 +81,7 @@ class Victim:
 
     def while_saving(self) -> None:
         """Until a checkpoint is being written: for a few hundredths of a second, hence the short pauses between looks."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE
         while not list(self.run.path.glob("checkpoints/*.incomplete")):
             assert time.monotonic() < until and not (self.run.path / "export").exists(), "no save was seen"
             time.sleep(0.002)
