@@ -53,11 +53,12 @@ def dry_run(recipe: Recipe, world_size: int) -> int:
 
 
 def train(recipe: Recipe) -> int:
-    from endprompt.training import lifecycle
+    from endprompt.training import lifecycle, stacks
     from endprompt.training.stopping import StopRequests
     from megatron_patches.engine import init_distributed
     from megatron_patches.prepare import prepare
 
+    stacks.show_on_request()
     folder = RunFolder(recipe)
     stop = StopRequests(folder.stop_file)  # first: a signal during the minutes of loading must not kill
     world = init_distributed()

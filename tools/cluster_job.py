@@ -4,6 +4,7 @@
     cluster_job.py facts --recipe R                        # paths of a recipe, as shell assignments
     cluster_job.py begin --recipe R --job J --restart N --nodes node01,node02
     cluster_job.py watch --recipe R --timeout SECONDS      # returns once the run hangs
+    cluster_job.py stacks --recipe R --job J --restart N --ranks 128   # where ranks stand that were asked to say so
     cluster_job.py end   --recipe R --job J --restart N --exit-code C [--asked] [--hung REASON] [--bad-nodes node02]
 
 `begin` and `end` print shell assignments too: ACTION (go, finished, requeue, stopped, give_up), REASON and EXCLUDE.
@@ -25,6 +26,7 @@ from endprompt.errors import run_command
 from endprompt.recipe import Recipe, add_recipe_arguments, load_recipe
 from endprompt.training.run_files import checkpoint_step
 from endprompt.training.run_folder import RunFolder
+from endprompt.training.stacks import read_stacks, summary
 
 
 def main() -> None:
@@ -41,9 +43,12 @@ def parse_arguments() -> argparse.Namespace:
         add_recipe_arguments(command)
         if name == "watch":
             command.add_argument("--timeout", type=float, required=True, metavar="SECONDS")
-        if name in ("begin", "end"):
+        if name in ("begin", "stacks", "end"):
             command.add_argument("--job", required=True)
             command.add_argument("--restart", type=int, required=True, help="SLURM_RESTART_COUNT")
+        if name == "stacks":
+            command.add_argument("--ranks", type=int, required=True, help="of the job")
+        if name in ("begin", "end"):
             command.add_argument("--max-restarts", type=int, default=verdict.Limits.max_restarts)
             command.add_argument("--max-idle", type=int, default=verdict.Limits.max_idle, help="attempts in a row without a new checkpoint")
         if name == "begin":
@@ -111,6 +116,11 @@ def watch_run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     print(watch(Path(recipe.output.directory), arguments.timeout))
 
 
+def show_stacks(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    folder = attempts.stacks_folder(Path(recipe.output.directory), arguments.job, arguments.restart)
+    print(*summary(read_stacks(folder), arguments.ranks), sep="\n")
+
+
 def limits(arguments: argparse.Namespace) -> verdict.Limits:
     return verdict.Limits(arguments.max_restarts, arguments.max_idle)
 
@@ -124,7 +134,7 @@ def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
-COMMANDS = {"facts": facts, "begin": begin, "watch": watch_run, "end": end}
+COMMANDS = {"facts": facts, "begin": begin, "watch": watch_run, "stacks": show_stacks, "end": end}
 
 
 if __name__ == "__main__":

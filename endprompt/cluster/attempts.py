@@ -45,6 +45,11 @@ def failures_folder(run: Path, job: str, restart: int) -> Path:
     return run / "attempts" / f"{job}-{restart}"
 
 
+def stacks_folder(run: Path, job: str, restart: int) -> Path:
+    """Where ranks write their stacks when the attempt hangs (endprompt/training/stacks.py)."""
+    return failures_folder(run, job, restart) / "stacks"
+
+
 def record_start(run: Path, job: str, restart: int, nodes: list[str]) -> None:
     _append(run, {"event": "start", "job": job, "restart": restart, "nodes": nodes, "step": checkpoint_step(run)})
 

@@ -7,9 +7,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from endprompt.cluster.attempts import Attempt, failures_folder
+from endprompt.cluster.attempts import Attempt, failures_folder, stacks_folder
 from endprompt.errors import EXIT_BAD_INPUT
 from endprompt.training.run_files import checkpoint_step
+from endprompt.training.stacks import Standing, read_stacks, silent
 
 FINISHED, REQUEUE, STOPPED, GIVE_UP = "finished", "requeue", "stopped", "give up"
 
@@ -101,7 +102,10 @@ def decide(
         said = status.get("error") if status.get("state") == "failed" else None
         return Verdict(GIVE_UP, f"bad input, which no restart mends: {said or 'the error line in the log says what'}")
 
-    reason, suspects = _reason(outcome, failures, attempt), tuple(outcome.bad_nodes)
+    stopped = silent(read_stacks(stacks_folder(run, job, restart))) if outcome.hung else []
+    reason, suspects = _reason(outcome, failures, stopped, attempt), tuple(outcome.bad_nodes)
+    if not suspects and stopped:
+        suspects = tuple(sorted({rank.node for rank in stopped}))
     if not (suspects or outcome.asked or outcome.hung) and failures:
         suspects = (failures[0].node,)
     if len(mine) > limits.max_restarts:
@@ -129,9 +133,9 @@ def check_start(attempts: list[Attempt], limits: Limits) -> Verdict | None:
     )
 
 
-def _reason(outcome: Outcome, failures: list[FailedRank], attempt: Attempt) -> str:
+def _reason(outcome: Outcome, failures: list[FailedRank], stopped: list[Standing], attempt: Attempt) -> str:
     if outcome.hung:
-        return f"hung: {outcome.hung}"
+        return "; ".join([f"hung: {outcome.hung}", *(f"rank {rank.rank} on {rank.node} did not answer" for rank in stopped[:3])])
     if outcome.bad_nodes:
         return f"preflight found {', '.join(outcome.bad_nodes)} unfit"
     if outcome.exit_code == 0:
@@ -161,7 +165,7 @@ def _idle(attempts: list[Attempt], step: int, outcome: Outcome) -> int:
 
 
 def _to_exclude(attempts: list[Attempt], suspects: tuple[str, ...], unfit: tuple[str, ...]) -> tuple[str, ...]:
-    """All nodes that this job shall avoid: unfit by the preflight at once, else after failing first in two attempts."""
+    """All nodes that this job shall avoid: unfit by the preflight at once, else after failing first, or not answering, in two attempts."""
     counted: Counter[str] = Counter(suspects)
     excluded = set(unfit)
     for attempt in attempts:

@@ -8,7 +8,7 @@ export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOC
 # SLURM sends a signal to every process of a step. USR1 would kill a rank that is still importing: Python inherits that it
 # is ignored and listens as soon as it can (endprompt/training/stopping.py); slurm/lib/train.sh sends it again.
 trap '' USR1
-trap : TERM
+trap : TERM USR2
 
 "$@"
 code=$?

@@ -27,7 +27,7 @@ train() {
     CODE=0 HUNG=
     [[ -z $ASKED ]] || return 0 # wanted back while the preflight ran
     TRAINED=1
-    FAILURES=$ATTEMPT "${STEP[@]}" --job-name=train slurm/lib/rank.sh "$@" &
+    FAILURES=$ATTEMPT STACKS=$ATTEMPT/stacks "${STEP[@]}" --job-name=train slurm/lib/rank.sh "$@" &
     STEP_PID=$!
     [[ -z $ASKED ]] || ask_to_save # asked between the last two lines
     watch_step &
@@ -53,6 +53,7 @@ ask_to_save() {
             sleep 10
         done
         say "no checkpoint within $SAVE_SECONDS s"
+        show_stacks
         end_step
     ) &
 }
@@ -62,7 +63,17 @@ watch_step() {
     # Not into a variable: the process would be a grandchild, and stay behind when this one is killed.
     python_here tools/cluster_job.py watch --recipe "$RECIPE" "${SETS[@]}" --timeout "$HANG_TIMEOUT" >"$ATTEMPT/hung" || return 0
     say "the run hangs: $(<"$ATTEMPT/hung")"
+    show_stacks
     end_step
+}
+
+# show_stacks: have every rank write where it stands, and sum it up in the log.
+show_stacks() {
+    kill -USR2 "$STEP_PID" 2>/dev/null || return 0 # srun hands it on to the ranks
+    sleep 5
+    say "where ranks stand, whole stacks in $ATTEMPT/stacks:"
+    python_here tools/cluster_job.py stacks --recipe "$RECIPE" "${SETS[@]}" --job "$SLURM_JOB_ID" --restart "$RESTART" \
+        --ranks "$((SLURM_NNODES * PROCESSES_PER_NODE))" || true
 }
 
 # end_step: cancel the step that trains, of this job alone; after five minutes leave its processes to SLURM, which drains a

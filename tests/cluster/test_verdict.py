@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from endprompt.cluster.attempts import attempts_file, failures_folder, read_attempts, record_end, record_start
+from endprompt.cluster.attempts import attempts_file, failures_folder, read_attempts, record_end, record_start, stacks_folder
 from endprompt.cluster.verdict import Limits, Outcome, check_start, decide
 from endprompt.errors import UserError
 
@@ -34,6 +34,11 @@ class Job:
     def fail(self, rank: int, node: str, code: int, time: float) -> None:
         facts = {"time": time, "node": node, "rank": rank, "exit_code": code}
         (failures_folder(self.run, self.number, self.restart) / f"rank-{rank}.json").write_text(json.dumps(facts))
+
+    def answer(self, rank: int, node: str, text: str) -> None:
+        folder = stacks_folder(self.run, self.number, self.restart)
+        folder.mkdir(exist_ok=True)
+        (folder / f"rank-{rank}-{node}.txt").write_text(text)
 
     def end(self, outcome: Outcome, limits: Limits | None = None, **status):
         verdict = decide(self.run, self.number, self.restart, read_attempts(self.run), outcome, status, 20, limits or Limits())
@@ -206,3 +211,22 @@ def test_a_torn_line_is_no_obstacle_and_a_wrong_one_is_named(job):
         file.write('{"event": "start", "job": "7"}\n')
     with pytest.raises(UserError, match="attempts.jsonl, line 3: has restart None"):
         read_attempts(job.run)
+
+
+def test_a_node_whose_rank_does_not_answer_in_two_hangs_is_excluded(job):
+    for attempt in range(2):
+        job.start()
+        job.save(attempt + 1)
+        job.answer(0, "node01", 'Current thread 0x1 (most recent call first):\n  File "ds_train.py", line 1 in <module>\n')
+        job.answer(1, "node02", "")
+        verdict = job.end(Outcome(137, hung="nothing written"))
+        assert verdict.suspects == ("node02",) and verdict.reason == "hung: nothing written; rank 1 on node02 did not answer"
+    assert verdict.action == "requeue" and verdict.excluded == ("node02",)
+
+
+def test_a_hang_in_which_every_rank_answers_blames_no_node(job):
+    job.start()
+    job.answer(0, "node01", 'Current thread 0x1 (most recent call first):\n  File "ds_train.py", line 1 in <module>\n')
+    job.fail(0, "node01", 137, 1.0)  # killed by the watchdog
+    verdict = job.end(Outcome(137, hung="nothing written"))
+    assert verdict.suspects == () and verdict.reason == "hung: nothing written"

@@ -34,7 +34,7 @@ class Site:
         corpus.write_text("".join(json.dumps({"text": f"Chapter {n}. {PARAGRAPH} {PARAGRAPH}"}) + "\n" for n in range(300)))
         self.settings = {
             "SBATCH_PARTITION": "h100", "CHECKPOINTS": path / "checkpoints", "DATA": path / "data", "RUNS": path / "runs",
-            "PYTHON": sys.executable, "DEVICE": "cpu", "PROCESSES_PER_NODE": "1", "CORPUS": corpus, "HANG_TIMEOUT": "600",
+            "PYTHON": sys.executable, "DEVICE": "cpu", "PROCESSES_PER_NODE": "1", "CORPUS": corpus, "HANG_TIMEOUT": "240",
             "EVALUATE": "no",
         }  # fmt: skip
         self.write_settings()

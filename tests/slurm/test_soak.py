@@ -86,12 +86,16 @@ def test_a_rank_that_hangs_is_found_and_the_run_goes_on(prepared, unbroken):
     victim = Victim(prepared, "hanging")
     victim.go_on(2)
     began = time.monotonic()
-    for process in victim.rank_on(victim.nodes[1]):
+    bad = victim.nodes[1]
+    for process in victim.rank_on(bad):
         os.kill(process, signal.SIGSTOP)
     victim.restarted(1)
     found = time.monotonic() - began
     prepared.wait_for(victim.job, "COMPLETED")
     assert victim.run.history == unbroken and victim.run.reasons[0].startswith("hung: nothing written")
+    log, hung = prepared.log(victim.job), victim.run.attempts[1]
+    assert f"{bad}: rank 1 does not answer" in log and ": rank 0\n" in log, "who stands where"
+    assert hung["suspects"] == [bad] and f"rank 1 on {bad} did not answer" in hung["reason"]
     record(hang={"timeout_s": 45, "restarted_after_s": round(found, 1), "history": "bit-equal"})
 
 

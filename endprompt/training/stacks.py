@@ -1,0 +1,114 @@
+"""Where every rank stands when a run hangs: each writes its stacks on request, and they are summed up.
+
+Of 128 ranks that wait in a collective for one that does not come, the one is what matters: it stands elsewhere, or does not
+answer at all. Python's faulthandler writes from the signal handler itself, so it also answers for a rank that waits in C++.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import signal
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = "STACKS"
+"""Variable that names the folder for the ranks' files; without it they write to stderr."""
+
+_FILE = re.compile(r"rank-(\d+)-(.*)\.txt")
+_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)')
+_PROJECT = Path(__file__).resolve().parents[2]
+_OWN = ("endprompt/", "megatron_patches/", "ds_train.py:")
+_DECORATORS = ("wrapped_fn", "wrapper", "inner", "decorate_context", "_fn")  # DeepSpeed's and torch's; the next frame says more
+_MAIN = ("<module>", "_run_module_as_main")  # where a process's first thread begins
+
+
+def show_on_request() -> None:
+    """From now on SIGUSR2 makes this process write the stack of each of its threads, and changes nothing else.
+
+    To $STACKS/rank-RANK-NODE.txt, made here and empty until asked: a rank that has been asked and left it empty is stopped,
+    or waits in the kernel. To stderr where STACKS is not set.
+    """
+    stream = sys.stderr
+    if folder := os.environ.get(FOLDER):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        name = f"rank-{os.environ.get('RANK', 0)}-{os.environ.get('SLURMD_NODENAME', 'here')}.txt"
+        stream = open(Path(folder) / name, "w")  # noqa: SIM115 - open as long as the process: a handler can open nothing
+    faulthandler.register(signal.SIGUSR2, file=stream, all_threads=True)
+    os.register_at_fork(after_in_child=lambda: faulthandler.unregister(signal.SIGUSR2))  # a helper would write into the rank's file
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One rank's answer. frames: of its main thread, innermost first, "function (file:line)"; none: it did not answer."""
+
+    rank: int
+    node: str
+    frames: tuple[str, ...]
+    innermost_here: str | None  # innermost frame of this repository's own code
+
+
+def read_stacks(folder: Path) -> list[Standing]:
+    """Of every rank that had begun to listen, by rank."""
+    found = []
+    for file in folder.glob("rank-*.txt"):
+        if name := _FILE.fullmatch(file.name):
+            frames = _main_thread(file.read_text(errors="replace"))
+            here = next((words for words in map(_words, frames) if _is_own(words)), None)
+            found.append(Standing(int(name[1]), name[2], tuple(map(_words, frames)), here))
+    return sorted(found, key=lambda standing: standing.rank)
+
+
+def silent(standings: list[Standing]) -> list[Standing]:
+    """Ranks that did not answer where others did; none where nobody did, for then it was not the ranks' fault."""
+    without = [standing for standing in standings if not standing.frames]
+    return without if len(without) < len(standings) else []
+
+
+def summary(standings: list[Standing], ranks: int) -> list[str]:
+    """Lines for the log: ranks that stand at one place together, the fewest first, for they are what the others wait for."""
+    lines = [f"{standing.node}: rank {standing.rank} does not answer" for standing in silent(standings)]
+    places = defaultdict(list)
+    for standing in standings:
+        if standing.frames:
+            telling = [frame for frame in standing.frames if frame.split()[0] not in _DECORATORS]
+            places[(telling or standing.frames)[0], standing.innermost_here].append(standing.rank)
+    for (innermost, here), together in sorted(places.items(), key=lambda place: len(place[1])):
+        called = f", called from {here}" if here and here != innermost else ""
+        lines.append(f"{innermost}{called}: {_ranges(together)}")
+    if missing := ranks - len(standings):
+        lines.append(f"{missing} of {ranks} ranks did not listen yet: they were still starting")
+    return lines
+
+
+def _is_own(words: str) -> bool:
+    return any(f"({place}" in words for place in _OWN)
+
+
+def _main_thread(text: str) -> list[re.Match]:
+    """Frames of the thread that began with the program; of the last one, which is the oldest, where frames were left out."""
+    threads = [list(filter(None, map(_FRAME.fullmatch, block.splitlines()))) for block in text.split("\n\n")]
+    threads = [frames for frames in threads if frames]
+    of_the_program = [frames for frames in threads if frames[-1]["function"] in _MAIN]
+    return (of_the_program or threads or [[]])[-1]
+
+
+def _words(frame: re.Match) -> str:
+    """function (file:line), the file from the repository or from site-packages on."""
+    file = frame["file"].removeprefix(f"{_PROJECT}/")
+    return f"{frame['function']} ({file.rpartition('site-packages/')[2]}:{frame['line']})"
+
+
+def _ranges(ranks: list[int]) -> str:
+    """rank 3; or: ranks 0-2, 5."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
