@@ -49,7 +49,7 @@ def launch(processes: int, command: list[str] | None = None) -> int:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     try:
         for rank in range(processes):

@@ -83,7 +83,7 @@ def test_a_dead_rank_takes_the_others_down(monkeypatch):
     assert time.monotonic() - started < 20
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
 def test_signals_reach_every_rank(number, tmp_path):
     body = (
         "import signal, sys, time, os, pathlib\n"
