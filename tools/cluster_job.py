@@ -26,7 +26,7 @@ from endprompt.errors import run_command
 from endprompt.recipe import Recipe, add_recipe_arguments, load_recipe
 from endprompt.training.run_files import checkpoint_step
 from endprompt.training.run_folder import RunFolder
-from endprompt.training.stacks import read_stacks, summary
+from endprompt.training.stacks import forget_unasked, read_stacks, summary
 
 
 def main() -> None:
@@ -90,6 +90,7 @@ def begin(recipe: Recipe, arguments: argparse.Namespace) -> None:
     if found:
         print_assignments(ACTION="give_up", REASON=found.reason, EXCLUDE="")
         return
+    forget_unasked(run.glob("attempts/*/stacks"))  # of attempts that took the batch script with them
     attempts.record_start(run, arguments.job, arguments.restart, arguments.nodes)
     attempts.failures_folder(run, arguments.job, arguments.restart).mkdir(parents=True, exist_ok=True)
     print_assignments(ACTION="go", REASON=f"from step {checkpoint_step(run)} of {recipe.steps}", EXCLUDE="")
@@ -109,6 +110,7 @@ def end(recipe: Recipe, arguments: argparse.Namespace) -> None:
         {"exit_code": arguments.exit_code, "verdict": found.action, "reason": found.reason,
          "trained": arguments.trained, "asked": arguments.asked, "suspects": list(found.suspects), "excluded": list(found.excluded)},
     )  # fmt: skip
+    forget_unasked(run.glob("attempts/*/stacks"))
     print_assignments(ACTION=found.action.replace(" ", "_"), REASON=found.reason, EXCLUDE=",".join(found.excluded))
 
 

@@ -11,6 +11,7 @@ ordinary command of this repository, is echoed, and is skipped when a run before
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -44,8 +45,9 @@ def main() -> None:
         )
     stage(2, "turn the texts into an indexed dataset", "half a minute")
     training_texts = [path for name, path in texts.items() if name != held_out]
-    prefix = recipe.data.train[0].path
-    tool("prepare_data", "--input", *training_texts, "--tokenizer", recipe.model.path, "--output", prefix, "--workers", "2")
+    options = ["--tokenizer", recipe.model.path, "--output", recipe.data.train[0].path, "--workers", "2"]
+    names = f"$(ls assets/text/*.txt | grep -v {held_out})"
+    tool("prepare_data", "--input", *training_texts, *options, shown=f"python tools/prepare_data.py --input {names} {shlex.join(options)}")
     stage(3, "write the same interpolation without training, for comparison", "seconds")
     from endprompt.training.hardware import fast_precision  # imports torch: not before the fetching has begun
     from endprompt.zero3.export import ensure_untrained
@@ -77,8 +79,8 @@ def stage(number: int, what: str, duration: str) -> None:
     print(f"\n== {number}/5  {what} (about {duration}; at once when done before)", flush=True)
 
 
-def tool(name: str, *arguments: str) -> None:
-    run_step([sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments], what=name)
+def tool(name: str, *arguments: str, shown: str | None = None) -> None:
+    run_step([sys.executable, str(ROOT / "tools" / f"{name}.py"), *arguments], what=name, shown=shown)
 
 
 def processes(recipe: Recipe) -> int:

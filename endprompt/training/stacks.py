@@ -6,12 +6,14 @@ answer at all. Python's faulthandler writes from the signal handler itself, so i
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import re
 import signal
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +41,17 @@ def show_on_request() -> None:
         stream = open(Path(folder) / name, "w")  # noqa: SIM115 - open as long as the process: a handler can open nothing
     faulthandler.register(signal.SIGUSR2, file=stream, all_threads=True)
     os.register_at_fork(after_in_child=lambda: faulthandler.unregister(signal.SIGUSR2))  # a helper would write into the rank's file
+
+
+def forget_unasked(folders: Iterable[Path]) -> None:
+    """Remove those in which no rank has written: an attempt that did not hang leaves an empty file of each rank."""
+    for folder in folders:
+        with contextlib.suppress(OSError):  # a file server's hiccup: they are in nobody's way
+            files = list(folder.iterdir())
+            if not any(file.stat().st_size for file in files):
+                for file in files:
+                    file.unlink()
+                folder.rmdir()
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,7 @@ def test_the_whole_way(prepared, script, model, fields):
         site.wait_for(number, "COMPLETED")
     site.write_settings(**{"SOURCE_CHECKPOINT": "", "EVALUATION_OPTIONS": "", **before})
     assert run.reasons == ["finished at step 6"], site.log(jobs["train"])
+    assert not list(run.path.glob("attempts/*/stacks")), "nobody asked for them"
     assert (place / "checkpoints" / model / "model.safetensors").exists() and len(run.history) == 6
     config = json.loads((run.path / "export" / "config.json").read_text())
     assert config["max_position_embeddings"] == 1024

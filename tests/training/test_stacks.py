@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from endprompt.training.stacks import Standing, read_stacks, silent, summary
+from endprompt.training.stacks import Standing, forget_unasked, read_stacks, silent, summary
 from tests.support.workspace import ROOT
 
 RANK = """
@@ -114,3 +114,14 @@ def test_few_stand_before_many():
 def test_nobody_is_blamed_where_nobody_answers():
     assert silent([standing(0), standing(1)]) == [] and summary([standing(0), standing(1)], 2) == []
     assert [rank.rank for rank in silent([standing(0, "f (a.py:1)"), standing(1)])] == [1]
+
+
+def test_only_what_somebody_wrote_is_kept(tmp_path):
+    for attempt, texts in {"7-0": ("", ""), "7-1": ("", "Current thread"), "7-2": ()}.items():
+        (tmp_path / attempt).mkdir()
+        for rank, text in enumerate(texts):
+            (tmp_path / attempt / f"rank-{rank}-node01.txt").write_text(text)
+    forget_unasked(tmp_path.iterdir())
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == [
+        "7-1", "7-1/rank-0-node01.txt", "7-1/rank-1-node01.txt",
+    ]  # fmt: skip
