@@ -4,8 +4,7 @@
     cluster_job.py facts --recipe R                        # paths of a recipe, as shell assignments
     cluster_job.py begin --recipe R --job J --restart N --nodes node01,node02
     cluster_job.py watch --recipe R --timeout SECONDS      # returns once the run hangs
-    cluster_job.py stacks --recipe R --job J --restart N --ranks 128   # where ranks stand that were asked to say so
-    cluster_job.py end   --recipe R --job J --restart N --exit-code C [--asked] [--hung REASON] [--bad-nodes node02]
+    cluster_job.py end   --recipe R --job J --restart N --exit-code C [--ranks 128] [--asked] [--hung REASON] [--bad-nodes node02]
 
 `begin` and `end` print shell assignments too: ACTION (go, finished, requeue, stopped, give_up), REASON and EXCLUDE.
 """
@@ -43,12 +42,9 @@ def parse_arguments() -> argparse.Namespace:
         add_recipe_arguments(command)
         if name == "watch":
             command.add_argument("--timeout", type=float, required=True, metavar="SECONDS")
-        if name in ("begin", "stacks", "end"):
+        if name in ("begin", "end"):
             command.add_argument("--job", required=True)
             command.add_argument("--restart", type=int, required=True, help="SLURM_RESTART_COUNT")
-        if name == "stacks":
-            command.add_argument("--ranks", type=int, required=True, help="of the job")
-        if name in ("begin", "end"):
             command.add_argument("--max-restarts", type=int, default=verdict.Limits.max_restarts)
             command.add_argument("--max-idle", type=int, default=verdict.Limits.max_idle, help="attempts in a row without a new checkpoint")
         if name == "begin":
@@ -59,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
             command.add_argument("--asked", action="store_true", help="SLURM had asked to stop")
             command.add_argument("--cancelled", action="store_true", help="SLURM has ended the job")
             command.add_argument("--hung", default="", metavar="REASON", help="what `watch` said")
+            command.add_argument("--ranks", type=int, default=0, help="of the job")
             command.add_argument("--bad-nodes", type=_names, default=[], help="what the preflight found unfit")
     return parser.parse_args()
 
@@ -90,7 +87,7 @@ def begin(recipe: Recipe, arguments: argparse.Namespace) -> None:
     if found:
         print_assignments(ACTION="give_up", REASON=found.reason, EXCLUDE="")
         return
-    forget_unasked(run.glob("attempts/*/stacks"))  # of attempts that took the batch script with them
+    forget_unasked(run.glob(f"attempts/{arguments.job}-*/stacks"))  # of attempts that took the batch script with them
     attempts.record_start(run, arguments.job, arguments.restart, arguments.nodes)
     attempts.failures_folder(run, arguments.job, arguments.restart).mkdir(parents=True, exist_ok=True)
     print_assignments(ACTION="go", REASON=f"from step {checkpoint_step(run)} of {recipe.steps}", EXCLUDE="")
@@ -110,17 +107,21 @@ def end(recipe: Recipe, arguments: argparse.Namespace) -> None:
         {"exit_code": arguments.exit_code, "verdict": found.action, "reason": found.reason,
          "trained": arguments.trained, "asked": arguments.asked, "suspects": list(found.suspects), "excluded": list(found.excluded)},
     )  # fmt: skip
-    forget_unasked(run.glob("attempts/*/stacks"))
+    show_stacks(attempts.stacks_folder(run, arguments.job, arguments.restart), arguments)
     print_assignments(ACTION=found.action.replace(" ", "_"), REASON=found.reason, EXCLUDE=",".join(found.excluded))
+
+
+def show_stacks(folder: Path, arguments: argparse.Namespace) -> None:
+    """Where the ranks stood, if they were asked: into the log, for the shell reads the standard output."""
+    standings = read_stacks(folder)
+    if arguments.hung or any(standing.frames for standing in standings):
+        print(f"where ranks stood, whole stacks in {folder}:", *summary(standings, arguments.ranks), sep="\n", file=sys.stderr)
+    else:
+        forget_unasked([folder])
 
 
 def watch_run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     print(watch(Path(recipe.output.directory), arguments.timeout))
-
-
-def show_stacks(recipe: Recipe, arguments: argparse.Namespace) -> None:
-    folder = attempts.stacks_folder(Path(recipe.output.directory), arguments.job, arguments.restart)
-    print(*summary(read_stacks(folder), arguments.ranks), sep="\n")
 
 
 def limits(arguments: argparse.Namespace) -> verdict.Limits:
@@ -136,7 +137,7 @@ def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
-COMMANDS = {"facts": facts, "begin": begin, "watch": watch_run, "stacks": show_stacks, "end": end}
+COMMANDS = {"facts": facts, "begin": begin, "watch": watch_run, "end": end}
 
 
 if __name__ == "__main__":

@@ -104,8 +104,9 @@ def decide(
 
     stopped = silent(read_stacks(stacks_folder(run, job, restart))) if outcome.hung else []
     reason, suspects = _reason(outcome, failures, stopped, attempt), tuple(outcome.bad_nodes)
-    if not suspects and stopped:
-        suspects = tuple(sorted({rank.node for rank in stopped}))
+    silent_nodes = {rank.node for rank in stopped}
+    if not suspects and len(silent_nodes) == 1:  # on several nodes it is the network or the file server
+        suspects = tuple(silent_nodes)
     if not (suspects or outcome.asked or outcome.hung) and failures:
         suspects = (failures[0].node,)
     if len(mine) > limits.max_restarts:

@@ -49,11 +49,13 @@ def launch(processes: int, command: list[str] | None = None) -> int:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # as ranks inherit it until they listen (stacks.py)
     try:
         for rank in range(processes):
             ranks.append(subprocess.Popen(command, env=dict(environment, RANK=str(rank), LOCAL_RANK=str(rank))))
+        signal.signal(signal.SIGUSR2, pass_on)
         return _wait(ranks)
     finally:
         _end(ranks)

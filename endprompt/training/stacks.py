@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = "STACKS"
+FOLDER = "ENDPROMPT_STACKS"
 """Variable that names the folder for the ranks' files; without it they write to stderr."""
 
 _FILE = re.compile(r"rank-(\d+)-(.*)\.txt")
@@ -31,24 +31,28 @@ _MAIN = ("<module>", "_run_module_as_main")  # where a process's first thread be
 def show_on_request() -> None:
     """From now on SIGUSR2 makes this process write the stack of each of its threads, and changes nothing else.
 
-    To $STACKS/rank-RANK-NODE.txt, made here and empty until asked: a rank that has been asked and left it empty is stopped,
-    or waits in the kernel. To stderr where STACKS is not set.
+    To $ENDPROMPT_STACKS/rank-RANK-NODE.txt, made here and empty until asked: a rank that has been asked and left it empty is
+    stopped, or waits in the kernel. To stderr where the variable is not set or its folder cannot be written.
     """
     stream = sys.stderr
     if folder := os.environ.get(FOLDER):
-        Path(folder).mkdir(parents=True, exist_ok=True)
         name = f"rank-{os.environ.get('RANK', 0)}-{os.environ.get('SLURMD_NODENAME', 'here')}.txt"
-        stream = open(Path(folder) / name, "w")  # noqa: SIM115 - open as long as the process: a handler can open nothing
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            stream = open(Path(folder) / name, "w")  # noqa: SIM115 - open as long as the process: a handler can open nothing
+        except OSError as error:  # no reason to end a run that may never hang
+            print(f"note: {folder}: {error.strerror}: stacks would go to stderr", file=sys.stderr)
     faulthandler.register(signal.SIGUSR2, file=stream, all_threads=True)
-    os.register_at_fork(after_in_child=lambda: faulthandler.unregister(signal.SIGUSR2))  # a helper would write into the rank's file
+    # A forked helper would write into the rank's file. What it inherits instead is what was before: ignored under slurm/lib/rank.sh.
+    os.register_at_fork(after_in_child=lambda: faulthandler.unregister(signal.SIGUSR2))
 
 
 def forget_unasked(folders: Iterable[Path]) -> None:
     """Remove those in which no rank has written: an attempt that did not hang leaves an empty file of each rank."""
-    for folder in folders:
-        with contextlib.suppress(OSError):  # a file server's hiccup: they are in nobody's way
+    with contextlib.suppress(OSError):  # a file server's hiccup: they are in nobody's way
+        for folder in folders:
             files = list(folder.iterdir())
-            if not any(file.stat().st_size for file in files):
+            if not any(file.read_bytes() for file in files):  # read: a size may be an old one, from a network file system's cache
                 for file in files:
                     file.unlink()
                 folder.rmdir()
@@ -69,20 +73,25 @@ def read_stacks(folder: Path) -> list[Standing]:
     found = []
     for file in folder.glob("rank-*.txt"):
         if name := _FILE.fullmatch(file.name):
-            frames = _main_thread(file.read_text(errors="replace"))
+            try:
+                frames = _main_thread(file.read_text(errors="replace"))
+            except OSError:
+                continue
             here = next((words for words in map(_words, frames) if _is_own(words)), None)
             found.append(Standing(int(name[1]), name[2], tuple(map(_words, frames)), here))
     return sorted(found, key=lambda standing: standing.rank)
 
 
 def silent(standings: list[Standing]) -> list[Standing]:
-    """Ranks that did not answer where others did; none where nobody did, for then it was not the ranks' fault."""
+    """Ranks that did not answer where others did; none where nobody did, for then they were not asked."""
     without = [standing for standing in standings if not standing.frames]
     return without if len(without) < len(standings) else []
 
 
 def summary(standings: list[Standing], ranks: int) -> list[str]:
     """Lines for the log: ranks that stand at one place together, the fewest first, for they are what the others wait for."""
+    if not any(standing.frames for standing in standings):
+        return ["no rank answered"]
     lines = [f"{standing.node}: rank {standing.rank} does not answer" for standing in silent(standings)]
     places = defaultdict(list)
     for standing in standings:
@@ -93,7 +102,7 @@ def summary(standings: list[Standing], ranks: int) -> list[str]:
         called = f", called from {here}" if here and here != innermost else ""
         lines.append(f"{innermost}{called}: {_ranges(together)}")
     if missing := ranks - len(standings):
-        lines.append(f"{missing} of {ranks} ranks did not listen yet: they were still starting")
+        lines.append(f"{missing} of {ranks} ranks left no file: they had not begun to listen")
     return lines
 
 
@@ -102,11 +111,18 @@ def _is_own(words: str) -> bool:
 
 
 def _main_thread(text: str) -> list[re.Match]:
-    """Frames of the thread that began with the program; of the last one, which is the oldest, where frames were left out."""
+    """Frames of the thread that began with the program, those of the backward pass that it waits for before them.
+
+    Of the last one, which is the oldest, where a stack was too deep to be written whole.
+    """
     threads = [list(filter(None, map(_FRAME.fullmatch, block.splitlines()))) for block in text.split("\n\n")]
     threads = [frames for frames in threads if frames]
     of_the_program = [frames for frames in threads if frames[-1]["function"] in _MAIN]
-    return (of_the_program or threads or [[]])[-1]
+    main = (of_the_program or threads or [[]])[-1]
+    if main and main[0]["function"] == "_engine_run_backward":  # on GPUs: hooks and recomputation run in a thread of autograd's own
+        of_autograd = [frames for frames in threads if frames[-1]["function"] not in (*_MAIN, "_bootstrap")]
+        main = [*(of_autograd or [[]])[-1], *main]
+    return main
 
 
 def _words(frame: re.Match) -> str:

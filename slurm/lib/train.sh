@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The step that trains: asked to save when SLURM wants the nodes back, watched for hanging, its end judged.
 
-SAVE_SECONDS=540
+SAVE_SECONDS=530
 # How long ranks may take to save once asked: #SBATCH --signal gives 600 s, and SLURM's own end, TERM, is final.
 
 # listen: first of all in a job. A signal that nobody has trapped would end it for good.
@@ -27,7 +27,7 @@ train() {
     CODE=0 HUNG=
     [[ -z $ASKED ]] || return 0 # wanted back while the preflight ran
     TRAINED=1
-    FAILURES=$ATTEMPT STACKS=$ATTEMPT/stacks "${STEP[@]}" --job-name=train slurm/lib/rank.sh "$@" &
+    FAILURES=$ATTEMPT ENDPROMPT_STACKS=$ATTEMPT/stacks "${STEP[@]}" --job-name=train slurm/lib/rank.sh "$@" &
     STEP_PID=$!
     [[ -z $ASKED ]] || ask_to_save # asked between the last two lines
     watch_step &
@@ -67,13 +67,10 @@ watch_step() {
     end_step
 }
 
-# show_stacks: have every rank write where it stands, and sum it up in the log.
+# show_stacks: have every rank write where it stands; conclude sums it up, once the step has ended and all files are closed.
 show_stacks() {
     kill -USR2 "$STEP_PID" 2>/dev/null || return 0 # srun hands it on to the ranks
     sleep 5
-    say "where ranks stand, whole stacks in $ATTEMPT/stacks:"
-    python_here tools/cluster_job.py stacks --recipe "$RECIPE" "${SETS[@]}" --job "$SLURM_JOB_ID" --restart "$RESTART" \
-        --ranks "$((SLURM_NNODES * PROCESSES_PER_NODE))" || true
 }
 
 # end_step: cancel the step that trains, of this job alone; after five minutes leave its processes to SLURM, which drains a
@@ -93,7 +90,8 @@ end_step() {
 
 # conclude: record how the attempt ended and do what the verdict says. Does not return.
 conclude() {
-    local try arguments=(--job "$SLURM_JOB_ID" --restart "$RESTART" --exit-code "$CODE" --max-restarts "$MAX_RESTARTS" --max-idle "$MAX_IDLE")
+    local try arguments=(--job "$SLURM_JOB_ID" --restart "$RESTART" --exit-code "$CODE" --max-restarts "$MAX_RESTARTS" --max-idle "$MAX_IDLE"
+        --ranks "$((SLURM_NNODES * PROCESSES_PER_NODE))")
     [[ -z $ASKED ]] || arguments+=(--asked)
     [[ -z $CANCELLED ]] || arguments+=(--cancelled)
     [[ -z $TRAINED ]] || arguments+=(--trained)

@@ -224,6 +224,15 @@ def test_a_node_whose_rank_does_not_answer_in_two_hangs_is_excluded(job):
     assert verdict.action == "requeue" and verdict.excluded == ("node02",)
 
 
+def test_ranks_of_several_nodes_that_do_not_answer_blame_none(job):
+    job.start(("node01", "node02", "node03"))
+    job.answer(0, "node01", 'Current thread 0x1 (most recent call first):\n  File "ds_train.py", line 1 in <module>\n')
+    job.answer(1, "node02", "")
+    job.answer(2, "node03", "")
+    verdict = job.end(Outcome(137, hung="nothing written"))
+    assert verdict.suspects == () and "rank 1 on node02 did not answer; rank 2 on node03 did not answer" in verdict.reason
+
+
 def test_a_hang_in_which_every_rank_answers_blames_no_node(job):
     job.start()
     job.answer(0, "node01", 'Current thread 0x1 (most recent call first):\n  File "ds_train.py", line 1 in <module>\n')

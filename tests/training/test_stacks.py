@@ -40,7 +40,7 @@ def start():
     processes = []
 
     def start(rank: int = 0, node: str = "node01", folder: Path | None = None, depth: int = 0) -> subprocess.Popen:
-        environment = {**os.environ, "RANK": str(rank), "SLURMD_NODENAME": node, **({"STACKS": str(folder)} if folder else {})}
+        environment = {**os.environ, "RANK": str(rank), "SLURMD_NODENAME": node, **({"ENDPROMPT_STACKS": str(folder)} if folder else {})}
         process = subprocess.Popen(
             [sys.executable, "-c", RANK, str(depth)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True,
@@ -89,7 +89,7 @@ def test_the_rank_that_does_not_answer_comes_first(start, tmp_path):
     lines = summary(ask(tmp_path, *ranks, answers=2), 5)
     assert lines[0] == "node01: rank 1 does not answer"
     assert re.fullmatch(r"sleep \(<string>:\d+\), called from watch \(endprompt/cluster/watchdog.py:\d+\): ranks 0, 2", lines[1])
-    assert lines[2:] == ["2 of 5 ranks did not listen yet: they were still starting"]
+    assert lines[2:] == ["2 of 5 ranks left no file: they had not begun to listen"]
 
 
 def test_without_a_folder_it_is_written_to_stderr(start):
@@ -112,7 +112,7 @@ def test_few_stand_before_many():
 
 
 def test_nobody_is_blamed_where_nobody_answers():
-    assert silent([standing(0), standing(1)]) == [] and summary([standing(0), standing(1)], 2) == []
+    assert silent([standing(0), standing(1)]) == [] and summary([standing(0), standing(1)], 2) == ["no rank answered"]
     assert [rank.rank for rank in silent([standing(0, "f (a.py:1)"), standing(1)])] == [1]
 
 
@@ -125,3 +125,25 @@ def test_only_what_somebody_wrote_is_kept(tmp_path):
     assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == [
         "7-1", "7-1/rank-0-node01.txt", "7-1/rank-1-node01.txt",
     ]  # fmt: skip
+
+
+def test_on_a_gpu_the_backward_pass_is_what_the_main_thread_waits_for(tmp_path):
+    """Autograd runs hooks and recomputation in a thread of its own there, which Python has not started."""
+    dump = [
+        ["torch/cuda.py 1 all_gather", "transformers/llama.py 2 forward"],
+        ["signal.py 1 sigwait", "threading.py 2 _bootstrap"],
+        ["torch/autograd/graph.py 3 _engine_run_backward", "endprompt/zero3/loop.py 4 optimizer_step", "ds_train.py 5 <module>"],
+    ]
+    words = [[line.split() for line in thread] for thread in dump]
+    threads = ["".join(f'  File "{file}", line {line} in {function}\n' for file, line, function in thread) for thread in words]
+    (tmp_path / "rank-0-node01.txt").write_text("\n".join(f"Thread 0x1 (most recent call first):\n{frames}" for frames in threads))
+    assert summary(read_stacks(tmp_path), 1) == [
+        "all_gather (torch/cuda.py:1), called from optimizer_step (endprompt/zero3/loop.py:4): rank 0"
+    ]
+
+
+def test_a_folder_that_cannot_be_written_ends_no_run():
+    body = "from endprompt.training.stacks import show_on_request; show_on_request(); print('trains')"
+    environment = {**os.environ, "ENDPROMPT_STACKS": "/proc/nowhere"}
+    found = subprocess.run([sys.executable, "-c", body], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert found.stdout == "trains\n" and found.stderr.startswith("note: /proc/nowhere: ")
