@@ -138,6 +138,6 @@ def test_loading_and_building_need_what_is_predicted_for_them(measured, name):
         by, states, built = found["by"], memory.phases[stage], memory.phases[f"{stage}, built"]
         masters = states["optimizer"] / 3 if plan.recipe.training.precision == "bf16" else 0.0
         both = built["gradients"] + max(built["weights"], states["weights"] + masters)
-        small = 1e6  # Python's own objects and the allocator's last pages: 10 to 40 KB over the two were seen, of 7 MB
+        small = 1.5e6  # Python's own objects and the allocator's last pages, of 6 MB in the smallest
         assert by["load"] <= (states["weights"] + tensor + small) / GB and by["load"] < memory.total_gb
-        assert by["engine"] == pytest.approx(both / GB, rel=0.15) and by["engine"] < memory.total_gb
+        assert by["engine"] == pytest.approx(both / GB, abs=(0.1 * both + small) / GB) and by["engine"] < memory.total_gb

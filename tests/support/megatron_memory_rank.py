@@ -83,7 +83,7 @@ def measure(recipe_file: str, world) -> dict:
         load_weights(chunks, recipe, prepared.architecture, world)
         return chunks
 
-    chunks = growth.phase("load", load)
+    chunks = growth.phase("load", load, maps_files=True)
     engine = growth.phase("engine", lambda: build_engine(recipe, prepared.layout, chunks))
     loop = Loop(recipe, world, engine, prepared.train_data, None, save=lambda step: None, stop_reason=lambda: None, monitor=None)
     growth.phase("train", lambda: loop.run(0))
