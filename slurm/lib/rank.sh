@@ -8,7 +8,7 @@ export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOC
 # With proctrack/cgroup SLURM signals what it has started itself, this shell, and with others every process of a step, so that
 # the rank may be told twice, which changes nothing. USR1 and USR2 would kill a rank that is still importing: Python inherits
 # that they are ignored and listens as soon as it can (endprompt/training/stopping.py, stacks.py). Bash may lose one of two signals
-# that come in the same millisecond; train.sh sends USR1 again.
+# that come in the same millisecond, and the code of a rank that ends in it: train.sh leaves 10 s between two.
 child=
 for name in USR1 USR2 TERM; do
     # shellcheck disable=SC2064 # the name is of now, the child of then
@@ -22,6 +22,7 @@ done
 child=$!
 # A trapped signal ends `wait` early; what the last one gives is the rank's own code.
 while wait "$child"; kill -0 "$child" 2>/dev/null; do :; done
+trap '' USR1 USR2 TERM
 wait "$child"
 code=$?
 case $code in
