@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from endprompt.models.layout import Layout
 from endprompt.recipe import Recipe
+from endprompt.words import ranges
 from megatron_patches import cpu_backend
 from megatron_patches.prepare import Prepared
 
@@ -73,14 +74,3 @@ def describe_stage(stage: int, named: list[tuple[str, torch.Tensor]], recipe: Re
         shapes = [f"{name.split('.', 3)[3].removesuffix('.weight')} {list(tensor.shape)}" for name, tensor in of_layer if tensor.dim() > 1]
         lines.append(f"a layer's matrices on a rank: {', '.join(shapes)}")
     return lines
-
-
-def ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 8, 9] -> "0-2, 8-9"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -19,7 +19,7 @@ from endprompt.recipe import Recipe, load_recipe
 from endprompt.training.command import parse_arguments, processes_wanted
 from endprompt.training.launch import become_single_process, launch, under_launcher
 from endprompt.training.run_folder import RunFolder
-from endprompt.training.stacks import show_on_request
+from endprompt.training.stacks import write_stacks_on_request
 
 if TYPE_CHECKING:
     from endprompt.training.stopping import StopRequests
@@ -54,7 +54,7 @@ def dry_run(recipe: Recipe, world_size: int) -> int:
 
 
 def train(recipe: Recipe) -> int:
-    show_on_request()  # before torch is imported: that may hang too
+    write_stacks_on_request()  # before Megatron is imported: that may hang too
     from endprompt.training import lifecycle
     from endprompt.training.stopping import StopRequests
     from megatron_patches.engine import init_distributed

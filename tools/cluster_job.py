@@ -4,7 +4,7 @@
     cluster_job.py facts --recipe R                        # paths of a recipe, as shell assignments
     cluster_job.py begin --recipe R --job J --restart N --nodes node01,node02
     cluster_job.py watch --recipe R --timeout SECONDS      # returns once the run hangs
-    cluster_job.py end   --recipe R --job J --restart N --exit-code C [--ranks 128] [--asked] [--hung REASON] [--bad-nodes node02]
+    cluster_job.py end   --recipe R --job J --restart N --ranks 128 --exit-code C [--asked] [--hung REASON] [--bad-nodes node02]
 
 `begin` and `end` print shell assignments too: ACTION (go, finished, requeue, stopped, give_up), REASON and EXCLUDE.
 """
@@ -25,7 +25,7 @@ from endprompt.errors import run_command
 from endprompt.recipe import Recipe, add_recipe_arguments, load_recipe
 from endprompt.training.run_files import checkpoint_step
 from endprompt.training.run_folder import RunFolder
-from endprompt.training.stacks import forget_unasked, read_stacks, summary
+from endprompt.training.stacks import read_stacks, remove_empty, summary
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
             command.add_argument("--asked", action="store_true", help="SLURM had asked to stop")
             command.add_argument("--cancelled", action="store_true", help="SLURM has ended the job")
             command.add_argument("--hung", default="", metavar="REASON", help="what `watch` said")
-            command.add_argument("--ranks", type=int, default=0, help="of the job")
+            command.add_argument("--ranks", type=int, required=True, help="of the job")
             command.add_argument("--bad-nodes", type=_names, default=[], help="what the preflight found unfit")
     return parser.parse_args()
 
@@ -87,7 +87,7 @@ def begin(recipe: Recipe, arguments: argparse.Namespace) -> None:
     if found:
         print_assignments(ACTION="give_up", REASON=found.reason, EXCLUDE="")
         return
-    forget_unasked(run.glob(f"attempts/{arguments.job}-*/stacks"))  # of attempts that took the batch script with them
+    remove_empty(run.glob(f"attempts/{arguments.job}-*/stacks"))  # of attempts that took the batch script with them
     attempts.record_start(run, arguments.job, arguments.restart, arguments.nodes)
     attempts.failures_folder(run, arguments.job, arguments.restart).mkdir(parents=True, exist_ok=True)
     print_assignments(ACTION="go", REASON=f"from step {checkpoint_step(run)} of {recipe.steps}", EXCLUDE="")
@@ -95,8 +95,11 @@ def begin(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
 def end(recipe: Recipe, arguments: argparse.Namespace) -> None:
     run = Path(recipe.output.directory)
+    stacks = attempts.stacks_folder(run, arguments.job, arguments.restart)
+    standings = read_stacks(stacks)
     outcome = verdict.Outcome(
-        arguments.exit_code, arguments.trained, arguments.asked, arguments.cancelled, arguments.hung, tuple(arguments.bad_nodes)
+        arguments.exit_code, arguments.trained, arguments.asked, arguments.cancelled, arguments.hung, tuple(arguments.bad_nodes),
+        tuple(standings),
     )  # fmt: skip
     found = verdict.decide(
         run, arguments.job, arguments.restart, attempts.read_attempts(run), outcome, RunFolder(recipe).read_status(), recipe.steps,
@@ -107,17 +110,11 @@ def end(recipe: Recipe, arguments: argparse.Namespace) -> None:
         {"exit_code": arguments.exit_code, "verdict": found.action, "reason": found.reason,
          "trained": arguments.trained, "asked": arguments.asked, "suspects": list(found.suspects), "excluded": list(found.excluded)},
     )  # fmt: skip
-    show_stacks(attempts.stacks_folder(run, arguments.job, arguments.restart), arguments)
-    print_assignments(ACTION=found.action.replace(" ", "_"), REASON=found.reason, EXCLUDE=",".join(found.excluded))
-
-
-def show_stacks(folder: Path, arguments: argparse.Namespace) -> None:
-    """Where the ranks stood, if they were asked: into the log, for the shell reads the standard output."""
-    standings = read_stacks(folder)
-    if arguments.hung or any(standing.frames for standing in standings):
-        print(f"where ranks stood, whole stacks in {folder}:", *summary(standings, arguments.ranks), sep="\n", file=sys.stderr)
+    if arguments.hung or any(standing.frames for standing in standings):  # to the log: the shell reads the standard output
+        print(f"where ranks stood, whole stacks in {stacks}:", *summary(standings, arguments.ranks), sep="\n", file=sys.stderr)
     else:
-        forget_unasked([folder])
+        remove_empty([stacks])
+    print_assignments(ACTION=found.action.replace(" ", "_"), REASON=found.reason, EXCLUDE=",".join(found.excluded))
 
 
 def watch_run(recipe: Recipe, arguments: argparse.Namespace) -> None:

@@ -41,7 +41,7 @@ def attempts_file(run: Path) -> Path:
 
 
 def failures_folder(run: Path, job: str, restart: int) -> Path:
-    """Where slurm/lib/rank.sh leaves one line of each rank that failed in this attempt."""
+    """Where slurm/lib/supervise.py leaves one line of each rank that failed in this attempt."""
     return run / "attempts" / f"{job}-{restart}"
 
 

@@ -7,10 +7,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from endprompt.cluster.attempts import Attempt, failures_folder, stacks_folder
+from endprompt.cluster.attempts import Attempt, failures_folder
 from endprompt.errors import EXIT_BAD_INPUT
 from endprompt.training.run_files import checkpoint_step
-from endprompt.training.stacks import Standing, read_stacks, silent
+from endprompt.training.stacks import Standing, silent_ranks
 
 FINISHED, REQUEUE, STOPPED, GIVE_UP = "finished", "requeue", "stopped", "give up"
 
@@ -33,7 +33,7 @@ class Outcome:
 
     exit_code: srun's. trained: the step of training was started. asked: SLURM had asked to stop (time limit or preemption).
     cancelled: it has ended the job (scancel, the time limit itself, or a requeue of its own). hung: the watchdog ended it.
-    bad_nodes: unfit by the preflight.
+    bad_nodes: unfit by the preflight. stacks: where ranks stood when they were asked, before the watchdog ended them.
     """
 
     exit_code: int
@@ -42,6 +42,7 @@ class Outcome:
     cancelled: bool = False
     hung: str = ""
     bad_nodes: tuple[str, ...] = ()
+    stacks: tuple[Standing, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class FailedRank:
-    """What slurm/lib/rank.sh wrote of a rank that ended badly."""
+    """What slurm/lib/supervise.py wrote of a rank that ended badly."""
 
     time: float
     node: str
@@ -102,13 +103,8 @@ def decide(
         said = status.get("error") if status.get("state") == "failed" else None
         return Verdict(GIVE_UP, f"bad input, which no restart mends: {said or 'the error line in the log says what'}")
 
-    stopped = silent(read_stacks(stacks_folder(run, job, restart))) if outcome.hung else []
-    reason, suspects = _reason(outcome, failures, stopped, attempt), tuple(outcome.bad_nodes)
-    silent_nodes = {rank.node for rank in stopped}
-    if not suspects and len(silent_nodes) == 1:  # on several nodes it is the network or the file server
-        suspects = tuple(silent_nodes)
-    if not (suspects or outcome.asked or outcome.hung) and failures:
-        suspects = (failures[0].node,)
+    reason = _reason(outcome, failures, attempt)
+    suspects = tuple(outcome.bad_nodes) or _suspects(outcome, failures)
     if len(mine) > limits.max_restarts:
         return Verdict(GIVE_UP, f"{reason}; restarted {limits.max_restarts} times already (MAX_RESTARTS)", suspects)
     idle = _idle(mine, checkpoint_step(run), outcome)
@@ -134,9 +130,17 @@ def check_start(attempts: list[Attempt], limits: Limits) -> Verdict | None:
     )
 
 
-def _reason(outcome: Outcome, failures: list[FailedRank], stopped: list[Standing], attempt: Attempt) -> str:
+def _suspects(outcome: Outcome, failures: list[FailedRank]) -> tuple[str, ...]:
     if outcome.hung:
-        return "; ".join([f"hung: {outcome.hung}", *(f"rank {rank.rank} on {rank.node} did not answer" for rank in stopped[:3])])
+        nodes = {rank.node for rank in silent_ranks(outcome.stacks)}
+        return tuple(nodes) if len(nodes) == 1 else ()  # on several nodes it is the network or the file server
+    return (failures[0].node,) if failures and not outcome.asked else ()
+
+
+def _reason(outcome: Outcome, failures: list[FailedRank], attempt: Attempt) -> str:
+    if outcome.hung:
+        silent = [f"rank {rank.rank} on {rank.node} did not answer" for rank in silent_ranks(outcome.stacks)]
+        return "; ".join([f"hung: {outcome.hung}", *silent[:3]])
     if outcome.bad_nodes:
         return f"preflight found {', '.join(outcome.bad_nodes)} unfit"
     if outcome.exit_code == 0:

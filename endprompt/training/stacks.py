@@ -13,12 +13,14 @@ import re
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = "ENDPROMPT_STACKS"
-"""Variable that names the folder for the ranks' files; without it they write to stderr."""
+from endprompt.words import ranges
+
+FOLDER_VARIABLE = "ENDPROMPT_STACKS"
+"""Of the environment: the folder for the ranks' files; without it they write to stderr."""
 
 _FILE = re.compile(r"rank-(\d+)-(.*)\.txt")
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)')
@@ -28,14 +30,14 @@ _DECORATORS = ("wrapped_fn", "wrapper", "inner", "decorate_context", "_fn")  # D
 _MAIN = ("<module>", "_run_module_as_main")  # where a process's first thread begins
 
 
-def show_on_request() -> None:
+def write_stacks_on_request() -> None:
     """From now on SIGUSR2 makes this process write the stack of each of its threads, and changes nothing else.
 
     To $ENDPROMPT_STACKS/rank-RANK-NODE.txt, made here and empty until asked: a rank that has been asked and left it empty is
     stopped, or waits in the kernel. To stderr where the variable is not set or its folder cannot be written.
     """
     stream = sys.stderr
-    if folder := os.environ.get(FOLDER):
+    if folder := os.environ.get(FOLDER_VARIABLE):
         name = f"rank-{os.environ.get('RANK', 0)}-{os.environ.get('SLURMD_NODENAME', 'here')}.txt"
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -43,11 +45,11 @@ def show_on_request() -> None:
         except OSError as error:  # no reason to end a run that may never hang
             print(f"note: {folder}: {error.strerror}: stacks would go to stderr", file=sys.stderr)
     faulthandler.register(signal.SIGUSR2, file=stream, all_threads=True)
-    # A forked helper would write into the rank's file. What it inherits instead is what was before: ignored under slurm/lib/rank.sh.
+    # A forked helper would write into the rank's file. It does again what was done before: ignore it, under slurm/lib/rank.sh.
     os.register_at_fork(after_in_child=lambda: faulthandler.unregister(signal.SIGUSR2))
 
 
-def forget_unasked(folders: Iterable[Path]) -> None:
+def remove_empty(folders: Iterable[Path]) -> None:
     """Remove those in which no rank has written: an attempt that did not hang leaves an empty file of each rank."""
     with contextlib.suppress(OSError):  # a file server's hiccup: they are in nobody's way
         for folder in folders:
@@ -65,7 +67,13 @@ class Standing:
     rank: int
     node: str
     frames: tuple[str, ...]
-    innermost_here: str | None  # innermost frame of this repository's own code
+
+    @property
+    def place(self) -> str:
+        """The innermost frame that says something, and the innermost of this repository's own code."""
+        telling = next((frame for frame in self.frames if frame.split()[0] not in _DECORATORS), self.frames[0])
+        own = next((frame for frame in self.frames if any(f"({file}" in frame for file in _OWN)), telling)
+        return telling if own == telling else f"{telling}, called from {own}"
 
 
 def read_stacks(folder: Path) -> list[Standing]:
@@ -77,12 +85,11 @@ def read_stacks(folder: Path) -> list[Standing]:
                 frames = _main_thread(file.read_text(errors="replace"))
             except OSError:
                 continue
-            here = next((words for words in map(_words, frames) if _is_own(words)), None)
-            found.append(Standing(int(name[1]), name[2], tuple(map(_words, frames)), here))
+            found.append(Standing(int(name[1]), name[2], tuple(map(_words, frames))))
     return sorted(found, key=lambda standing: standing.rank)
 
 
-def silent(standings: list[Standing]) -> list[Standing]:
+def silent_ranks(standings: Sequence[Standing]) -> list[Standing]:
     """Ranks that did not answer where others did; none where nobody did, for then they were not asked."""
     without = [standing for standing in standings if not standing.frames]
     return without if len(without) < len(standings) else []
@@ -92,22 +99,16 @@ def summary(standings: list[Standing], ranks: int) -> list[str]:
     """Lines for the log: ranks that stand at one place together, the fewest first, for they are what the others wait for."""
     if not any(standing.frames for standing in standings):
         return ["no rank answered"]
-    lines = [f"{standing.node}: rank {standing.rank} does not answer" for standing in silent(standings)]
+    lines = [f"{standing.node}: rank {standing.rank} does not answer" for standing in silent_ranks(standings)]
     places = defaultdict(list)
     for standing in standings:
         if standing.frames:
-            telling = [frame for frame in standing.frames if frame.split()[0] not in _DECORATORS]
-            places[(telling or standing.frames)[0], standing.innermost_here].append(standing.rank)
-    for (innermost, here), together in sorted(places.items(), key=lambda place: len(place[1])):
-        called = f", called from {here}" if here and here != innermost else ""
-        lines.append(f"{innermost}{called}: {_ranges(together)}")
+            places[standing.place].append(standing.rank)
+    for place, together in sorted(places.items(), key=lambda item: len(item[1])):
+        lines.append(f"{place}: rank{'s' if len(together) > 1 else ''} {ranges(together)}")
     if missing := ranks - len(standings):
         lines.append(f"{missing} of {ranks} ranks left no file: they had not begun to listen")
     return lines
-
-
-def _is_own(words: str) -> bool:
-    return any(f"({place}" in words for place in _OWN)
 
 
 def _main_thread(text: str) -> list[re.Match]:
@@ -129,15 +130,3 @@ def _words(frame: re.Match) -> str:
     """function (file:line), the file from the repository or from site-packages on."""
     file = frame["file"].removeprefix(f"{_PROJECT}/")
     return f"{frame['function']} ({file.rpartition('site-packages/')[2]}:{frame['line']})"
-
-
-def _ranges(ranks: list[int]) -> str:
-    """rank 3; or: ranks 0-2, 5."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"

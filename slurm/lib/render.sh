@@ -20,7 +20,7 @@ render() {
     rendered "${STEP[@]}" --time=10 --job-name=preflight slurm/lib/rank.sh "${CHECK_RANK[@]}"
     rendered "$PYTHON" "${JUDGE[@]}"
     rendered "${STEP[@]}" --job-name=train slurm/lib/rank.sh "${TRAIN[@]}"
-    rendered "$PYTHON" tools/cluster_job.py end --recipe "$RECIPE" "${SETS[@]}" --job JOB --restart 0 --exit-code CODE
+    rendered "$PYTHON" tools/cluster_job.py end --recipe "$RECIPE" "${SETS[@]}" --job JOB --restart 0 --ranks "$((nodes * PROCESSES_PER_NODE))" --exit-code CODE
     echo "# once finished"
     [[ $EVALUATE == no ]] || rendered sbatch slurm/evaluate.sh "$RECIPE"
 }

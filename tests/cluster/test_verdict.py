@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from endprompt.cluster.attempts import attempts_file, failures_folder, read_attempts, record_end, record_start, stacks_folder
+from endprompt.cluster.attempts import attempts_file, failures_folder, read_attempts, record_end, record_start
 from endprompt.cluster.verdict import Limits, Outcome, check_start, decide
 from endprompt.errors import UserError
+from endprompt.training.stacks import Standing
 
 CRASH = Outcome(exit_code=137)
+
+
+def hang(**frames: tuple[str, ...]) -> Outcome:
+    """One rank a node, with the frames that it answered."""
+    return Outcome(137, hung="nothing written", stacks=tuple(Standing(rank, *item) for rank, item in enumerate(frames.items())))
 
 
 class Job:
@@ -34,11 +40,6 @@ class Job:
     def fail(self, rank: int, node: str, code: int, time: float) -> None:
         facts = {"time": time, "node": node, "rank": rank, "exit_code": code}
         (failures_folder(self.run, self.number, self.restart) / f"rank-{rank}.json").write_text(json.dumps(facts))
-
-    def answer(self, rank: int, node: str, text: str) -> None:
-        folder = stacks_folder(self.run, self.number, self.restart)
-        folder.mkdir(exist_ok=True)
-        (folder / f"rank-{rank}-{node}.txt").write_text(text)
 
     def end(self, outcome: Outcome, limits: Limits | None = None, **status):
         verdict = decide(self.run, self.number, self.restart, read_attempts(self.run), outcome, status, 20, limits or Limits())
@@ -217,25 +218,19 @@ def test_a_node_whose_rank_does_not_answer_in_two_hangs_is_excluded(job):
     for attempt in range(2):
         job.start()
         job.save(attempt + 1)
-        job.answer(0, "node01", 'Current thread 0x1 (most recent call first):\n  File "ds_train.py", line 1 in <module>\n')
-        job.answer(1, "node02", "")
-        verdict = job.end(Outcome(137, hung="nothing written"))
+        verdict = job.end(hang(node01=("step (loop.py:1)",), node02=()))
         assert verdict.suspects == ("node02",) and verdict.reason == "hung: nothing written; rank 1 on node02 did not answer"
     assert verdict.action == "requeue" and verdict.excluded == ("node02",)
 
 
 def test_ranks_of_several_nodes_that_do_not_answer_blame_none(job):
     job.start(("node01", "node02", "node03"))
-    job.answer(0, "node01", 'Current thread 0x1 (most recent call first):\n  File "ds_train.py", line 1 in <module>\n')
-    job.answer(1, "node02", "")
-    job.answer(2, "node03", "")
-    verdict = job.end(Outcome(137, hung="nothing written"))
+    verdict = job.end(hang(node01=("step (loop.py:1)",), node02=(), node03=()))
     assert verdict.suspects == () and "rank 1 on node02 did not answer; rank 2 on node03 did not answer" in verdict.reason
 
 
 def test_a_hang_in_which_every_rank_answers_blames_no_node(job):
     job.start()
-    job.answer(0, "node01", 'Current thread 0x1 (most recent call first):\n  File "ds_train.py", line 1 in <module>\n')
     job.fail(0, "node01", 137, 1.0)  # killed by the watchdog
-    verdict = job.end(Outcome(137, hung="nothing written"))
+    verdict = job.end(hang(node01=("step (loop.py:1)",), node02=("step (loop.py:1)",)))
     assert verdict.suspects == () and verdict.reason == "hung: nothing written"

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from tests.support.runs import kill, kill_during_saves, logged_steps, wait_for
+from tests.support.runs import assert_ranks_say_where_they_stand, kill, kill_during_saves, logged_steps, wait_for
 from tests.support.workspace import MEGATRON, ROOT, Workspace, losses, quiet_environment, read_log
 
 STEPS = 20
@@ -108,11 +108,13 @@ def test_resume_after_kill_is_bit_equal(workspace, unbroken):
     assert_same_run(run, unbroken)
 
 
-def test_resume_at_another_layout(workspace, unbroken):
-    """Saved at TP1 x PP1, stopped by a signal, resumed at TP2 x PP2."""
+def test_resume_at_another_layout(workspace, unbroken, monkeypatch):
+    """Saved at TP1 x PP1, asked where it stands, stopped by a signal, resumed at TP2 x PP2."""
     run = workspace.path / "reshaped"
+    monkeypatch.setenv("ENDPROMPT_STACKS", str(workspace.path / "stacks"))
     process = workspace.start(ranks=1, **{"output.directory": run, "output.save_interval": 100})
     wait_for(lambda: logged_steps(run) >= 3, process)
+    assert_ranks_say_where_they_stand(process, workspace.path / "stacks", ranks=1)
     os.kill(process.pid, signal.SIGUSR1)
     output, error = process.communicate(timeout=120)
     assert process.returncode == 75, (output, error)

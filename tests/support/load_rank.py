@@ -16,7 +16,12 @@ import torch
 
 def anonymous_mb() -> float:
     """Anonymous resident memory: what was allocated and copied. Mapped checkpoint pages are the page cache's and can be dropped at will."""
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return status_mb("RssAnon")
+
+
+def status_mb(field: str) -> float:
+    """Of /proc/self/status, in MiB."""
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(f"{field}:"))
 
 
 class Peak(threading.Thread):

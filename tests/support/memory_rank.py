@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.load_rank import Peak, anonymous_mb
+from tests.support.load_rank import Peak, anonymous_mb, status_mb
 
 M_MMAP_THRESHOLD = -3
 
@@ -53,13 +53,9 @@ class Growth:
         result = action()
         peak.done = True
         peak.join()
-        highest = 0.0 if maps_files else memory_mb("VmHWM") - memory_mb("RssFile") - memory_mb("RssShmem")
+        highest = 0.0 if maps_files else status_mb("VmHWM") - status_mb("RssFile") - status_mb("RssShmem")
         self.phases[name] = (max(peak.mb, highest) - self._before) * 2**20 / 1e9
         return result
-
-
-def memory_mb(field: str) -> float:
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(f"{field}:"))
 
 
 def saved_by_autograd(action, apart: set[int]) -> int:

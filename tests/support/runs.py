@@ -6,6 +6,7 @@ import random
 import signal
 import time
 
+from endprompt.training.stacks import read_stacks
 from tests.support.workspace import losses
 
 
@@ -20,6 +21,13 @@ def wait_for(condition, process, seconds=120):
 def kill(process):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+def assert_ranks_say_where_they_stand(process, folder, ranks: int) -> None:
+    """Asked by SIGUSR2 to the launcher, each of a run that was started with ENDPROMPT_STACKS=folder writes its stack and goes on."""
+    os.kill(process.pid, signal.SIGUSR2)
+    wait_for(lambda: sum(bool(standing.frames) for standing in read_stacks(folder)) == ranks, process, seconds=60)
+    assert all("endprompt/" in standing.place or "megatron_patches/" in standing.place for standing in read_stacks(folder))
 
 
 def logged_steps(run) -> int:

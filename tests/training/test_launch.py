@@ -97,3 +97,13 @@ def test_signals_reach_every_rank(number, tmp_path):
         time.sleep(0.05)
     os.kill(process.pid, number)
     assert process.wait(timeout=30) == 75
+
+
+def test_a_rank_that_does_not_listen_yet_survives_sigusr2(tmp_path):
+    body = f"import os, signal, time, pathlib\npathlib.Path({str(tmp_path)!r}, os.environ['RANK']).touch()\ntime.sleep(2)"
+    process = subprocess.Popen([sys.executable, "-c", LAUNCH, body])
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGUSR2)
+    assert process.wait(timeout=30) == 0

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from endprompt.training.stacks import Standing, forget_unasked, read_stacks, silent, summary
+from endprompt.training.stacks import Standing, read_stacks, remove_empty, silent_ranks, summary
 from tests.support.workspace import ROOT
 
 RANK = """
 import os, sys, threading, time
 from endprompt.cluster.watchdog import watch
 from endprompt.training import stacks
-stacks.show_on_request()
+stacks.write_stacks_on_request()
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 if os.fork() == 0:  # a helper, in the rank's process group
     os.write(1, b"helper\\n")
@@ -73,7 +73,7 @@ def test_a_rank_says_where_it_stands_and_goes_on(start, tmp_path):
     assert process.poll() is None
     assert (found.rank, found.node) == (3, "node07")
     assert [frame.split()[0] for frame in found.frames] == ["sleep", "watch", "wait_for_the_others", "<module>"]
-    assert found.innermost_here == found.frames[1] and "(endprompt/cluster/watchdog.py:" in found.frames[1]
+    assert found.place == f"{found.frames[0]}, called from {found.frames[1]}" and "(endprompt/cluster/watchdog.py:" in found.frames[1]
     text = (tmp_path / "stacks" / "rank-3-node07.txt").read_text()
     assert "in _bootstrap" in text and text.count("in wait_for_the_others") == 1, "its other thread too, not its helper"
 
@@ -100,7 +100,7 @@ def test_without_a_folder_it_is_written_to_stderr(start):
 
 
 def standing(rank: int, *frames: str) -> Standing:
-    return Standing(rank, f"node{rank // 8:02d}", frames, next((frame for frame in frames if "endprompt/" in frame), None))
+    return Standing(rank, f"node{rank // 8:02d}", frames)
 
 
 def test_few_stand_before_many():
@@ -112,8 +112,8 @@ def test_few_stand_before_many():
 
 
 def test_nobody_is_blamed_where_nobody_answers():
-    assert silent([standing(0), standing(1)]) == [] and summary([standing(0), standing(1)], 2) == ["no rank answered"]
-    assert [rank.rank for rank in silent([standing(0, "f (a.py:1)"), standing(1)])] == [1]
+    assert silent_ranks([standing(0), standing(1)]) == [] and summary([standing(0), standing(1)], 2) == ["no rank answered"]
+    assert [rank.rank for rank in silent_ranks([standing(0, "f (a.py:1)"), standing(1)])] == [1]
 
 
 def test_only_what_somebody_wrote_is_kept(tmp_path):
@@ -121,7 +121,7 @@ def test_only_what_somebody_wrote_is_kept(tmp_path):
         (tmp_path / attempt).mkdir()
         for rank, text in enumerate(texts):
             (tmp_path / attempt / f"rank-{rank}-node01.txt").write_text(text)
-    forget_unasked(tmp_path.iterdir())
+    remove_empty(tmp_path.iterdir())
     assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == [
         "7-1", "7-1/rank-0-node01.txt", "7-1/rank-1-node01.txt",
     ]  # fmt: skip
@@ -143,7 +143,7 @@ def test_on_a_gpu_the_backward_pass_is_what_the_main_thread_waits_for(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_ends_no_run():
-    body = "from endprompt.training.stacks import show_on_request; show_on_request(); print('trains')"
+    body = "from endprompt.training.stacks import write_stacks_on_request; write_stacks_on_request(); print('trains')"
     environment = {**os.environ, "ENDPROMPT_STACKS": "/proc/nowhere"}
     found = subprocess.run([sys.executable, "-c", body], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert found.stdout == "trains\n" and found.stderr.startswith("note: /proc/nowhere: ")

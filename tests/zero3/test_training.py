@@ -18,7 +18,7 @@ from endprompt.data.samples import SampleDataset
 from endprompt.data.tokenizers import load_tokenizer
 from endprompt.positions import SampleBuilder, tokenize_prompts
 from endprompt.training import hardware
-from tests.support.runs import kill, kill_during_saves, logged_steps, wait_for
+from tests.support.runs import assert_ranks_say_where_they_stand, kill, kill_during_saves, logged_steps, wait_for
 from tests.support.workspace import Workspace, losses, read_log
 
 STEPS = 20
@@ -147,10 +147,12 @@ def test_resume_after_kill_is_bit_equal(workspace, unbroken):
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_signal_saves_and_exits_75(workspace, unbroken, number):
+def test_signal_saves_and_exits_75(workspace, unbroken, number, monkeypatch):
     run = workspace.path / f"signal{int(number)}"
+    monkeypatch.setenv("ENDPROMPT_STACKS", str(workspace.path / f"stacks{int(number)}"))
     process = workspace.start(**{"output.directory": run})
     wait_for(lambda: logged_steps(run) >= 3, process)
+    assert_ranks_say_where_they_stand(process, workspace.path / f"stacks{int(number)}", ranks=2)
     os.kill(process.pid, number)
     output, error = process.communicate(timeout=120)
     assert process.returncode == 75, (output, error)
