@@ -33,7 +33,7 @@ class Outcome:
 
     exit_code: srun's. trained: the step of training was started. asked: SLURM had asked to stop (time limit or preemption).
     cancelled: it has ended the job (scancel, the time limit itself, or a requeue of its own). hung: the watchdog ended it.
-    bad_nodes: unfit by the preflight. stacks: where ranks stood when they were asked, before the watchdog ended them.
+    bad_nodes: unfit by the preflight. stacks: where ranks stood when asked, for the run hung or a save took too long.
     """
 
     exit_code: int
@@ -138,9 +138,13 @@ def _suspects(outcome: Outcome, failures: list[FailedRank]) -> tuple[str, ...]:
 
 
 def _reason(outcome: Outcome, failures: list[FailedRank], attempt: Attempt) -> str:
+    silent = [f"rank {rank.rank} on {rank.node} did not answer" for rank in silent_ranks(outcome.stacks)]
+    return "; ".join([_what_happened(outcome, failures, attempt), *silent[:3]])
+
+
+def _what_happened(outcome: Outcome, failures: list[FailedRank], attempt: Attempt) -> str:
     if outcome.hung:
-        silent = [f"rank {rank.rank} on {rank.node} did not answer" for rank in silent_ranks(outcome.stacks)]
-        return "; ".join([f"hung: {outcome.hung}", *silent[:3]])
+        return f"hung: {outcome.hung}"
     if outcome.bad_nodes:
         return f"preflight found {', '.join(outcome.bad_nodes)} unfit"
     if outcome.exit_code == 0:

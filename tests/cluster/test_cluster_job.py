@@ -64,7 +64,9 @@ def test_ranks_asked_because_a_save_took_too_long_are_summed_up_and_no_node_is_s
     command("begin", 0, "--nodes", "node01,node02")
     stacks(tmp_path, 0, DUMP, "")
     found = command("end", 0, "--exit-code", "137", "--ranks", "2", "--trained", "--asked")
-    assert "node02: rank 1 does not answer" in found.stderr and read_attempts(tmp_path)[0].end["suspects"] == []
+    assert "node02: rank 1 does not answer" in found.stderr
+    end = read_attempts(tmp_path)[0].end
+    assert end["suspects"] == [] and end["reason"].endswith("and no rank said why (nodes node01, node02); rank 1 on node02 did not answer")
 
 
 def test_stacks_of_attempts_that_did_not_hang_are_removed_and_another_jobs_left(command, tmp_path):
